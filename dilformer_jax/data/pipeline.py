@@ -1,0 +1,197 @@
+"""Pairs of volumes as an endless stream of batches that is a pure function of (seed, step).
+
+Neither the number of worker processes, nor that of the processes of a training run, nor the step at which a run was
+resumed changes an example of the stream. Grain imports jax, so it is imported only where it is used, and its worker
+processes are kept off the accelerator.
+"""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags as absl_flags
+
+from dilformer_jax.data.preprocessing import by, downsampled_shape, load, load_image, load_labels, resolved
+from dilformer_jax.data.sources import Pair, Subject
+from dilformer_jax.io import geometry
+from dilformer_jax.io.volumes import BadInput, open_nifti, read_image
+
+__all__ = ["Batches", "PairSource", "batches", "common_shape", "load", "load_image", "load_labels", "spacing"]
+
+
+def spacing(subject: Subject) -> tuple[float, float, float]:
+    """Edges in mm of a voxel of the subject's file, before any downsampling; 1 for pickles, which do not say."""
+    if subject.image.suffix == ".pkl":
+        return (1.0, 1.0, 1.0)
+    return geometry.spacing(open_nifti(subject.image).affine)
+
+
+def common_shape(
+    pairs: Sequence[Pair], preprocessing: Mapping[str, Any], *, cache: Path | str | None = None
+) -> tuple[int, int, int]:
+    """The one shape (D, H, W) in which all images of the pairs reach the network, found from the headers of the files.
+
+    A pickle has no header: the first stands for all until `batches` comes to the others.
+
+    Raises BadInput that names the odd one out where shapes (unless all are cropped to one) or orientations differ.
+    """
+    settings = resolved(preprocessing)
+    subjects = list(dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)))
+    if not subjects:
+        raise BadInput("There are no pairs to make batches of; choose a split that has some.")
+    grids = {subject: _grid(subject) for subject in subjects if subject.image.suffix != ".pkl"}
+    if not grids:
+        return _extent(load_image(subjects[0], settings, cache=cache))
+    box = settings["crop_to"]
+    (shape, axes), count = Counter((box or shape, axes) for shape, axes in grids.values()).most_common(1)[0]
+    for subject, (its_shape, its_axes) in grids.items():
+        if (box or its_shape, its_axes) != (shape, axes):
+            raise BadInput(
+                f"{subject.image} is {by(its_shape)} {its_axes} while {count} of these {len(grids)} images are "
+                f"{'' if box else by(shape) + ' '}{axes}; bring all to one grid or leave it out."
+            )
+    return downsampled_shape(shape, settings["downsample"], subjects[0].image)
+
+
+class Batches:
+    """An endless iterator over batches, to be closed (or used by `with`) so that threads and processes end."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        # Copied, for what worker processes send is shared memory, which leaks if it is held until the interpreter ends.
+        if self._source is None:
+            raise StopIteration
+        batch = next(self._source)
+        return {name: array if type(array) is np.ndarray else np.array(array) for name, array in batch.items()}
+
+    def close(self) -> None:
+        if self._source is not None:
+            self._source.close()
+        # Let go of at once: a grain iterator that is still there when the interpreter ends complains on stderr.
+        self._source = None
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def batches(
+    pairs: Sequence[Pair],
+    preprocessing: Mapping[str, Any],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    flips: Sequence[int] = (),
+    cache: Path | str | None = None,
+) -> Batches:
+    """Batches of {'fixed', 'moving': (B, D, H, W, 1) float32, 'index': (B,) int32, into `pairs`} from start_step on.
+
+    The stream goes through all pairs in an order that the seed and the epoch give, without an end; each of the axes in
+    `flips` (0, 1, 2) is reversed in both images of a pair or in neither, with probability 1/2.
+    `batch_size` is that of all processes together and B = batch_size / process_count. At any step, process p of n has
+    the examples p, p + n, p + 2n ... of what a single process would have: the concatenation of the n parts is the same
+    examples, ordered by p; `np.stack(parts, 1)`, its first two axes merged, is the single process's batch as it was.
+    `workers` = 0 reads in two threads; otherwise in that many processes, which share decoded volumes only by way of
+    `cache`, and for which the calling script needs an `if __name__ == "__main__"`.
+
+    Raises BadInput as `common_shape` does, and for arguments that do not fit together.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
+    if batch_size < 1 or batch_size % process_count:
+        raise BadInput(f"batch_size {batch_size} does not divide among {process_count} processes; make it a multiple.")
+    if len(set(flips)) < len(flips) or not set(flips) <= {0, 1, 2}:
+        raise BadInput(f"flips is {tuple(flips)}; give axes out of 0, 1 and 2, each once.")
+    if not 0 <= seed < 2**32:
+        raise BadInput(f"seed is {seed}; give one from 0 to 2**32 - 1.")
+    settings = resolved(preprocessing)
+    shape = common_shape(pairs, settings, cache=cache)
+    source = PairSource(tuple(pairs), settings, shape, None if cache is None else Path(cache))
+
+    import grain  # type: ignore[import-untyped]
+
+    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    # Before the slice: an example's random numbers come from its place in the stream of all processes.
+    stream = stream.random_map(partial(_flipped, axes=tuple(flips)))
+    stream = stream[process_index::process_count]
+    # Before the iterator is made, lest the batches depend on the number of workers.
+    stream = stream.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stacked)
+    reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    dataset = stream[start_step:].to_iter_dataset(reading)
+    if workers:
+        # Grain reads absl's flags, which nobody has parsed where this is used as a library.
+        if not absl_flags.FLAGS.is_parsed():
+            absl_flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_stay_off_the_accelerator)
+    return Batches(iter(dataset))
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """The examples of `batches` before augmentation, by index into the pairs. It travels to worker processes."""
+
+    pairs: tuple[Pair, ...]
+    preprocessing: dict[str, Any]
+    shape: tuple[int, int, int]
+    cache: Path | None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        pair = self.pairs[index]
+        example = {"index": np.array(index, np.int32)}
+        for role, subject in (("fixed", pair.fixed), ("moving", pair.moving)):
+            example[role] = load_image(subject, self.preprocessing, cache=self.cache)
+            if _extent(example[role]) != self.shape:
+                raise BadInput(
+                    f"{subject.image} is {by(_extent(example[role]))} after preprocessing while the other images are "
+                    f"{by(self.shape)}; bring all to one grid or leave it out."
+                )
+        return example
+
+
+def _flipped(example: dict[str, np.ndarray], generator: np.random.Generator, axes: tuple[int, ...]) -> dict:
+    chosen = tuple(axis for axis in axes if generator.random() < 0.5)
+    return {name: np.flip(array, chosen) if array.ndim else array for name, array in example.items()}
+
+
+def _stacked(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _stay_off_the_accelerator(worker: int, workers: int) -> None:
+    # Grain has imported jax in this process; should anything come to use it, it shall not claim the device's memory.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def _grid(subject: Subject) -> tuple[tuple[int, ...], str]:
+    """Shape and orientation of a NIfTI image, by its header."""
+    image = open_nifti(subject.image)
+    shape = image.shape if len(image.shape) == 3 else read_image(subject.image).array.shape
+    return shape, geometry.orientation(image.affine)
+
+
+def _extent(image: np.ndarray) -> tuple[int, int, int]:
+    d, h, w, _ = image.shape
+    return d, h, w

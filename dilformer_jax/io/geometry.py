@@ -1,0 +1,77 @@
+"""Where voxels lie: affines, distances between grids, displacements between voxels and world.
+
+An affine maps voxel indices to RAS mm: world = affine[:3, :3] @ voxel + affine[:3, 3].
+"""
+
+import itertools
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Float32, Float64, Real
+
+
+def spacing(affine: Real[np.ndarray, "4 4"]) -> tuple[float, float, float]:
+    """Distance in mm between neighbouring voxels along each array axis."""
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
+    return float(x), float(y), float(z)
+
+
+def orientation(affine: Real[np.ndarray, "4 4"]) -> str:
+    """Where each array axis points to, nearest anatomical direction first: 'RAS', 'LIA', ..."""
+    return "".join(nib.orientations.aff2axcodes(affine))
+
+
+def is_singular(affine: Real[np.ndarray, "4 4"]) -> bool:
+    """Whether the affine has no usable inverse; sheared affines do, and so does any voxel size, microns included."""
+    sizes = np.array(spacing(affine))
+    if not np.isfinite(affine).all() or not sizes.all():
+        return True
+    return bool(abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-6)
+
+
+def apply_affine(affine: Real[np.ndarray, "4 4"], points: Real[np.ndarray, "*n 3"]) -> Float64[np.ndarray, "*n 3"]:
+    """The points (..., 3) carried by the affine, in float64: float32 would lose microns far from the origin."""
+    return np.asarray(points, np.float64) @ affine[:3, :3].T + affine[:3, 3]
+
+
+def corner_distance(
+    shape_a: tuple[int, ...],
+    affine_a: Real[np.ndarray, "4 4"],
+    shape_b: tuple[int, ...],
+    affine_b: Real[np.ndarray, "4 4"],
+) -> float:
+    """Largest distance in mm between matching corner voxels of two grids.
+
+    An affine map's largest error over a box is at a corner, so this bounds the distance of every pair of voxels.
+    """
+    corners = np.array(list(itertools.product((0, 1), repeat=3)))
+    a = apply_affine(affine_a, corners * (np.array(shape_a) - 1))
+    b = apply_affine(affine_b, corners * (np.array(shape_b) - 1))
+    return float(np.linalg.norm(a - b, axis=-1).max())
+
+
+def to_world(
+    u: Real[np.ndarray, "d h w 3"], fixed_affine: Real[np.ndarray, "4 4"], moving_affine: Real[np.ndarray, "4 4"]
+) -> Float32[np.ndarray, "d h w 3"]:
+    """Displacement in RAS mm, moving_affine(x + u(x)) - fixed_affine(x), at each voxel x of the fixed grid.
+
+    u is in voxels: moved(x) = moving[x + u(x)], indices of the moving array.
+    """
+    world = np.asarray(u, np.float64) @ moving_affine[:3, :3].T + _gap(u.shape[:3], moving_affine, fixed_affine)
+    return world.astype(np.float32)
+
+
+def from_world(
+    displacement: Real[np.ndarray, "d h w 3"],
+    fixed_affine: Real[np.ndarray, "4 4"],
+    moving_affine: Real[np.ndarray, "4 4"],
+) -> Float32[np.ndarray, "d h w 3"]:
+    """The inverse of to_world: RAS mm on the fixed grid -> voxels."""
+    millimetres = displacement + _gap(displacement.shape[:3], fixed_affine, moving_affine)
+    return (millimetres @ np.linalg.inv(moving_affine[:3, :3]).T).astype(np.float32)
+
+
+def _gap(shape: tuple[int, ...], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a(x) - b(x) in mm at each voxel x (D, H, W, 3); exactly zero where the affines are equal."""
+    voxels = np.moveaxis(np.indices(shape), 0, -1)
+    return apply_affine(np.asarray(a, np.float64) - b, voxels)

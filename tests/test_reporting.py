@@ -1,0 +1,487 @@
+"""What the reports say: files read back by other programs, pictures compared with the arrays they show."""
+
+import base64
+import csv
+import json
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from dilformer_jax.io.volumes import BadInput
+from dilformer_jax.ops import metrics
+from dilformer_jax.reporting import figures, html, tables
+
+NAN = float("nan")
+
+
+def pair(name: str, **values) -> dict:
+    fixed, moving = name.split("_from_")
+    return {"name": name, "fixed": fixed, "moving": moving, **values}
+
+
+PAIRS = [
+    pair(
+        "A_from_B",
+        dice=0.7,
+        dice_per_label={21: 0.6, 22: 0.8, 165: NAN},
+        hd95=2.0,
+        hd95_per_label={21: 1.0, 22: 3.0, 165: NAN},
+        folding_percent=0.0,
+        seconds=1.5,
+        absent=[165],
+        vanished=[],
+    ),
+    pair(
+        "B_from_A",
+        dice=0.3,
+        dice_per_label={21: 0.6, 22: 0.0, 165: 0.3},
+        hd95=NAN,
+        hd95_per_label={21: 5.0, 22: NAN, 165: NAN},
+        folding_percent=0.5,
+        seconds=2.5,
+        absent=[],
+        vanished=[22],
+    ),
+]
+LABELS = (21, 22, 165)
+
+
+def csv_of(path: Path) -> list[dict]:
+    with path.open(newline="") as page:
+        return list(csv.DictReader(page))
+
+
+@pytest.fixture
+def results(tmp_path):
+    summary = tables.write_results(tmp_path / "out", "lpba40", {"labels": "nearest", "spacing_mm": 1.0}, PAIRS, LABELS)
+    return tmp_path / "out", summary
+
+
+def test_results_json_is_strict_and_round_trips(results):
+    output, summary = results
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    read = json.loads((output / "results.json").read_text("utf-8"), parse_constant=refuse)
+    assert read["protocol"] == "lpba40"
+    assert read["definition"] == {"labels": "nearest", "spacing_mm": 1.0}
+    assert read["counts"] == {"pairs": 2, "labels": 3, "absent": 1, "vanished": 1}
+    assert [p["name"] for p in read["pairs"]] == ["A_from_B", "B_from_A"]
+    assert read["pairs"][0]["dice_per_label"] == {"21": 0.6, "22": 0.8, "165": None}
+    assert read["pairs"][1]["hd95"] is None
+    assert read["summary"]["dice"] == pytest.approx({"mean": 0.5, "sd": 0.2, "n": 2})
+    assert read["summary"]["hd95"] == {"mean": 2.0, "sd": 0.0, "n": 1}
+    assert read["summary"]["folding_percent"] == pytest.approx({"mean": 0.25, "sd": 0.25, "n": 2})
+    assert "dice_before" not in read["summary"] and "sdlogj" not in read["summary"]
+    assert "population" in read["statistics"]
+    assert read["summary"] == summary
+    assert sorted(path.name for path in output.iterdir()) == ["results.csv", "results.json", "summary.md"]
+
+
+def test_results_csv_has_a_row_for_each_pair_and_label(results):
+    rows = csv_of(results[0] / "results.csv")
+    assert [(row["pair"], row["label"]) for row in rows] == [(p["name"], str(k)) for p in PAIRS for k in LABELS]
+    assert list(rows[0]) == ["pair", "fixed", "moving", "label", "state", "dice", "hd95"]
+    states = {(row["pair"], row["label"]): (row["state"], row["dice"], row["hd95"]) for row in rows}
+    assert states["A_from_B", "22"] == ("present", "0.8", "3.0")
+    assert states["A_from_B", "165"] == ("absent", "", "")
+    assert states["B_from_A", "22"] == ("vanished", "0.0", "")
+
+
+def test_summary_page_has_every_metric_and_structure(results):
+    page = (results[0] / "summary.md").read_text("utf-8")
+    assert page.startswith("# lpba40\n")
+    assert "2 pairs, 3 structures; 1 times a structure was absent" in page and "1 times one vanished" in page
+    assert "| dice | 0.5000 | 0.2000 | 2 |" in page
+    assert "| hd95 | 2 | 0 | 1 |" in page
+    assert "* labels: nearest" in page and "population standard deviation over the pairs" in page
+    # label, mean Dice, mean HD95, absent, vanished
+    assert "| 22 | 0.4000 | 3 | 0 | 1 |" in page
+    assert "| 165 | 0.3000 | – | 1 | 0 |" in page
+
+
+def test_dice_before_and_numpy_values_are_carried(tmp_path):
+    measured = pair(
+        "A_from_B",
+        dice=np.float64(0.75),
+        dice_before=np.float32(0.5),
+        dice_per_label={np.int32(1): np.float32(0.75)},
+        dice_before_per_label={1: 0.5},
+        matrix=np.array([[1.0, np.inf]]),
+    )
+    summary = tables.write_results(tmp_path, "folder", "labels by nearest neighbour", [measured], [1])
+    assert summary["dice_before"] == {"mean": 0.5, "sd": 0.0, "n": 1}
+    read = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert read["pairs"][0]["matrix"] == [[1.0, None]]
+    assert read["pairs"][0]["dice_per_label"] == {"1": 0.75}
+    (row,) = csv_of(tmp_path / "results.csv")
+    assert (row["dice_before"], row["dice"]) == ("0.5", "0.75")
+    assert "labels by nearest neighbour" in (tmp_path / "summary.md").read_text("utf-8")
+
+
+def test_csv_survives_names_with_commas_and_quotes(tmp_path):
+    odd = {"name": 'one, "two"', "fixed": "a\nb", "moving": "c", "dice": 1.0, "dice_per_label": {7: 1.0}}
+    tables.write_results(tmp_path, "folder", "", [odd], [7])
+    (row,) = csv_of(tmp_path / "results.csv")
+    assert (row["pair"], row["fixed"], row["label"]) == ('one, "two"', "a\nb", "7")
+
+
+def test_results_that_cannot_be_written_leave_the_old_ones(results, tmp_path):
+    output, _ = results
+    before = (output / "results.json").read_text("utf-8")
+    with pytest.raises(ValueError, match="no pairs"):
+        tables.write_results(output, "lpba40", "", [], LABELS)
+    with pytest.raises(TypeError):
+        tables.write_json(output / "results.json", {"x": object()})
+    assert (output / "results.json").read_text("utf-8") == before
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BadInput, match="file"):
+        tables.write_results(tmp_path / "file", "lpba40", "", PAIRS, LABELS)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "file",
+        "results.csv",
+        "results.json",
+        "summary.md",
+    ]
+
+
+def test_markdown_aligns_numbers_and_escapes_bars():
+    rows = [{"name": "a|b", "x": 0.123456, "n": 3}, {"name": "c", "x": NAN}]
+    assert tables.markdown(rows, ["name", "x", "n"]) == (
+        "| name | x | n |\n| --- | ---: | ---: |\n| a\\|b | 0.1235 | 3 |\n| c | – | – |\n"
+    )
+
+
+def test_the_printed_summary_lines_up():
+    lines = tables.summary_text(tables.summarise(PAIRS)).splitlines()
+    assert lines[0].split() == ["metric", "mean", "sd", "n"]
+    assert lines[2].split() == ["dice", "0.5000", "0.2000", "2"]
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.52249, "0.5225"), (12.3456, "12.35"), (1e-5, "1e-05"), (0.0, "0"), (float("inf"), "inf")]
+    + [(3, "3"), (None, "–"), (True, "yes"), (np.float32(0.5), "0.5000"), ("text", "text")],
+)
+def test_values_are_shown_with_four_digits(value, shown):
+    assert tables.text(value) == shown
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would: text by element, attributes of every tag, and whether tags close in order."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.append((self.open[-1], data))
+
+    def all(self, tag: str) -> list[str]:
+        return [data for where, data in self.texts if where == tag]
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_the_html_report_is_one_file_with_everything_in_it(tmp_path):
+    figure = figures.training([{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}])
+    sections = [
+        html.Section("Input & <output>", "First <b>paragraph</b>.\n\nSecond, of a\nfew lines."),
+        html.Section("Numbers", table=[{"metric": "dice", "mean": 0.69}, {"metric": "<hd95>", "mean": NAN}]),
+        html.Section('Cur"ves', figure=figures.png(figure, dpi=50)),
+    ]
+    html.report(tmp_path / "report.html", "A < B", sections)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    reader = Reader(page)
+    assert reader.open == []
+    assert reader.all("title") == reader.all("h1") == ["A < B"]
+    assert reader.all("h2") == ["Input & <output>", "Numbers", 'Cur"ves']
+    assert reader.all("p") == ["First <b>paragraph</b>.", "Second, of a\nfew lines."]
+    assert reader.all("th") == ["metric", "mean"]
+    assert reader.all("td") == ["dice", "0.6900", "<hd95>", "–"]
+    (source,) = (value for tag, name, value in reader.attributes if (tag, name) == ("img", "src"))
+    assert source is not None and source.startswith("data:image/png;base64,")
+    data = base64.b64decode(source.split(",")[1], validate=True)
+    assert png_size(data) == tuple(int(inches * 50) for inches in figure.get_size_inches())
+    assert [value for tag, name, value in reader.attributes if name == "alt"] == ['Cur"ves']
+    outside = [value for _, name, value in reader.attributes if name in ("href", "src", "srcset", "action")]
+    assert outside == [source] and "url(" not in page and "http" not in page.replace(source, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RecursionError
+
+
+def test_a_report_is_replaced_in_one_piece(tmp_path):
+    path = tmp_path / "report.html"
+    html.report(path, "old", [])
+    with pytest.raises(RecursionError):
+        html.report(path, "new", [html.Section("x"), html.Section("y", table=[{"column": Unprintable()}])])
+    assert Reader(path.read_text("utf-8")).all("h1") == ["old"]
+    html.report(path, "new", [])
+    assert Reader(path.read_text("utf-8")).all("h1") == ["new"]
+    with pytest.raises(BadInput, match="nowhere"):
+        html.report(tmp_path / "nowhere" / "report.html", "x", [])
+
+
+def brain(shape=(20, 26, 16), centre=(0.5, 0.55, 0.45)):
+    """An ellipsoid with a shell and a core, and their labels; nothing about it is symmetric."""
+    x = np.stack(np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij"), axis=-1) - np.array(centre)
+    radius = np.linalg.norm(x / [0.36, 0.4, 0.34], axis=-1)
+    labels = np.select([radius < 0.4, radius < 0.75, radius < 1], [3, 2, 1], 0).astype(np.int32)
+    return (np.array([0, 0.5, 0.8, 0.3])[labels] * (1 + 0.3 * x[..., 0])).astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def example():
+    fixed, fixed_labels = brain()
+    moving, moving_labels = brain(centre=(0.45, 0.5, 0.5))
+    noise = np.random.default_rng(0).normal(size=(3, *fixed.shape))
+    u = np.stack([ndimage.gaussian_filter(n, 3) * 30 for n in noise], axis=-1).astype(np.float32)
+    points = np.moveaxis(np.indices(fixed.shape), 0, -1) + u
+    moved = ndimage.map_coordinates(moving, np.moveaxis(points, -1, 0), order=1, mode="nearest")
+    moved_labels = ndimage.map_coordinates(moving_labels, np.moveaxis(points, -1, 0), order=0, mode="nearest")
+    return fixed, moving, moved, u, fixed_labels, moved_labels
+
+
+def panel(figure, row: int, column: str):
+    return figure.axes[len(figures.COLUMNS) * row + figures.COLUMNS.index(column)]
+
+
+def shown(ax, k: int = 0) -> np.ndarray:
+    """What a panel's image shows, as [to the right, up], whatever way the image is stored."""
+    image = ax.images[k]
+    left, right, bottom, top = image.get_extent()
+    assert image.origin == "lower" and right > left and top > bottom
+    return np.ma.filled(image.get_array()).swapaxes(0, 1)
+
+
+def test_each_panel_shows_the_slice_it_says(example):
+    fixed, moving, moved, u, fixed_labels, moved_labels = example
+    figure = figures.registration(fixed, moving, moved, u, fixed_labels=fixed_labels, moved_labels=moved_labels)
+    assert len(figure.axes) == 3 * 7 + 2
+    assert [ax.get_title() for ax in figure.axes[:7]] == list(figures.COLUMNS)
+    centre = [round(c) for c in ndimage.center_of_mass(fixed)]
+    determinant = metrics.jacobian_determinant(u)
+    scales = set()
+    for row in range(3):
+        for column, volume in (
+            ("fixed", fixed),
+            ("moving", moving),
+            ("moved", moved),
+            ("difference before", moving - fixed),
+            ("difference after", moved - fixed),
+            ("Jacobian determinant", determinant),
+        ):
+            ax = panel(figure, row, column)
+            np.testing.assert_array_equal(shown(ax), volume.take(centre[row], row), err_msg=column)
+            if "difference" in column:
+                scales.add(ax.images[0].get_clim())
+        assert f"axis {row}, index {centre[row]}" == panel(figure, row, "fixed").get_ylabel()
+        low, high = panel(figure, row, "Jacobian determinant").images[0].get_clim()
+        assert low + high == pytest.approx(2)
+    ((low, high),) = scales
+    assert high == -low > 0
+    for column, labels in (("fixed", fixed_labels), ("moved", moved_labels)):
+        for row in range(3):
+            drawn = panel(figure, row, column).collections
+            assert len(drawn) == len(set(np.unique(labels.take(centre[row], row))) - {0}) == 3
+    assert not panel(figure, 0, "moving").collections
+    # The same structure has the same colour in both.
+    colours = [panel(figure, 0, column).collections[0].get_edgecolor() for column in ("fixed", "moved")]
+    np.testing.assert_array_equal(*colours)
+
+
+def test_unsigned_images_are_subtracted_without_wrapping(example):
+    fixed, moving, moved, u = example[:4]
+    bytes_ = [np.round(200 * volume).astype(np.uint8) for volume in (fixed, moving, moved)]
+    figure = figures.registration(*bytes_, u)
+    assert shown(panel(figure, 0, "difference after")).min() < 0
+
+
+def test_folded_voxels_are_marked_and_no_others(example):
+    fixed, moving, moved, u = example[:4]
+    steep = 12 * u
+    determinant = metrics.jacobian_determinant(steep)
+    assert 0.05 < np.mean(determinant <= 0) < 0.6
+    figure = figures.registration(fixed, moving, moved, steep)
+    centre = [round(c) for c in ndimage.center_of_mass(fixed)]
+    for row in range(3):
+        painted = shown(panel(figure, row, "Jacobian determinant"), 1)[..., 3] > 0
+        np.testing.assert_array_equal(painted, determinant.take(centre[row], row) <= 0)
+    assert f"{metrics.folding_percent(steep):.2g} % folded" in figure.axes[-1].get_xlabel()
+
+
+def test_spacing_gives_true_proportions(example):
+    fixed, moving, moved, u = example[:4]
+    spacing = (1.0, 0.5, 3.0)
+    figure = figures.registration(fixed, moving, moved, u, spacing=spacing)
+    size = np.array(fixed.shape) * spacing
+    width, height = figure.get_size_inches()
+    scale = set()
+    for row, (right, up) in enumerate(((1, 2), (0, 2), (0, 1))):
+        for ax in figure.axes[7 * row : 7 * row + 5]:
+            left, right_end, bottom, top = ax.images[0].get_extent()
+            np.testing.assert_allclose((right_end - left, top - bottom), (size[right], size[up]))
+            box = ax.get_position()
+            scale.add(round(box.width * width / np.ptp(ax.get_xlim()), 6))
+            scale.add(round(box.height * height / np.ptp(ax.get_ylim()), 6))
+    assert len(scale) == 1, "one scale, in inches per mm, across and up, in every panel"
+
+
+@pytest.mark.parametrize(("axis", "shift"), [(0, 2.0), (1, -1.5)])
+def test_the_grid_goes_where_the_image_goes(axis, shift):
+    # moved(x) = moving(x + u): with u = +2 along the axis, the line at 0 of the moving grid is seen at -2.
+    shape = (17, 17, 17)
+    image = np.random.default_rng(0).random(shape).astype(np.float32)
+    u = np.zeros((*shape, 3), np.float32)
+    u[..., axis] = shift
+    drawn = panel(figures.registration(image, image, image, u), 2, "warped grid").collections
+    for k, contours in enumerate(drawn):
+        points = np.concatenate([path.vertices for path in contours.get_paths()])
+        lines = np.unique(np.round(points[:, k], 6))
+        step = np.diff(lines).min()
+        offset = (lines + (shift if k == axis else 0)) / step
+        np.testing.assert_allclose(offset, np.round(offset), atol=1e-4)
+        assert len(lines) > 5
+
+
+def test_orientation_turns_every_array_the_same_way(example):
+    """The figure of a brain stored another way round is the figure of the brain stored in RAS order."""
+    fixed, moving, moved, u, fixed_labels, moved_labels = example
+    upright = figures.registration(fixed, moving, moved, u, fixed_labels=fixed_labels, orientation="RAS")
+
+    def store(volume):  # RAS array -> axes pointing to P, I, R
+        return volume.transpose(1, 2, 0)[::-1, ::-1]
+
+    stored = np.stack([store(u[..., 1]) * -1, store(u[..., 2]) * -1, store(u[..., 0])], axis=-1)
+    other = figures.registration(
+        *(store(volume) for volume in (fixed, moving, moved)),
+        stored,
+        fixed_labels=store(fixed_labels),
+        orientation="PIR",
+    )
+    for row in range(3):
+        for column in figures.COLUMNS:
+            a, b = panel(upright, row, column), panel(other, row, column)
+            np.testing.assert_allclose(shown(a), shown(b), atol=1e-5, err_msg=column)
+            for line, same in zip(a.collections, b.collections, strict=True):
+                ends = [np.concatenate([p.vertices for p in c.get_paths()]) for c in (line, same)]
+                np.testing.assert_allclose(ends[0].min(0), ends[1].min(0), atol=1e-3)
+                np.testing.assert_allclose(ends[0].max(0), ends[1].max(0), atol=1e-3)
+    letters = [[text.get_text() for text in panel(other, row, "fixed").texts] for row in range(3)]
+    assert letters == [list("PAIS"), list("LRIS"), list("LRPA")]
+    middle = round(ndimage.center_of_mass(fixed)[1])
+    assert panel(other, 1, "fixed").get_ylabel() == f"coronal, index {fixed.shape[1] - 1 - middle}"
+
+
+@pytest.mark.parametrize("orientation", ["RA", "RAL", "XYZ", "RASI"])
+def test_an_orientation_that_is_none_is_refused(example, orientation):
+    with pytest.raises(ValueError, match=orientation):
+        figures.registration(*example[:4], orientation=orientation)
+
+
+def test_volumes_of_different_shapes_are_refused(example):
+    fixed, moving, moved, u = example[:4]
+    with pytest.raises(ValueError, match=r"moving is \(19, 26, 16\)"):
+        figures.registration(fixed, moving[1:], moved, u)
+    with pytest.raises(ValueError, match=r"moved labels is \(20, 26, 15\)"):
+        figures.registration(fixed, moving, moved, u, moved_labels=np.zeros((20, 26, 15), np.int32))
+
+
+def test_a_blank_pair_is_still_drawn():
+    blank, u = np.zeros((6, 7, 8), np.float32), np.zeros((6, 7, 8, 3), np.float32)
+    figure = figures.registration(blank, blank, blank, u)
+    assert png_size(figures.png(figure, dpi=20))[0] > 100
+
+
+def test_training_draws_what_is_there():
+    records = [{"step": k, "loss": -0.1 * k, "similarity": -0.2 * k} for k in range(5)]
+    records.append({"step": 3, "loss": None})
+    records += [{"step": 2 * k, "dice": d, "dice_identity": 0.5} for k, d in enumerate((0.5, 0.7, 0.6))]
+    figure = figures.training(records)
+    assert [ax.get_ylabel() for ax in figure.axes] == ["loss", "Dice"]
+    curves = {line.get_label(): line for ax in figure.axes for line in ax.get_lines()}
+    np.testing.assert_allclose(curves["loss"].get_xydata(), [(k, -0.1 * k) for k in range(5)])
+    np.testing.assert_allclose(curves["similarity"].get_ydata(), [-0.2 * k for k in range(5)])
+    np.testing.assert_allclose(curves["before registration"].get_ydata(), [0.5] * 3)
+    np.testing.assert_allclose(curves["dice, best 0.700 at 2"].get_xydata(), [(0, 0.5), (2, 0.7), (4, 0.6)])
+    assert len(figures.training([{"step": 0, "folding_percent": 0.1, "displacement_p95": 1.0}]).axes) == 2
+    empty = figures.training([])
+    assert empty.axes == [] and empty.texts[0].get_text() == "no records yet"
+
+
+def test_a_long_curve_is_smoothed_without_moving_it():
+    records = [{"step": 10 * k, "loss": 3.0 - 0.01 * k} for k in range(90)]
+    raw, smooth = figures.training(records).axes[0].get_lines()
+    assert len(raw.get_xdata()) == 90 > len(smooth.get_xdata()) > 80
+    np.testing.assert_allclose(smooth.get_ydata(), 3.0 - 0.001 * smooth.get_xdata())
+
+
+def test_dice_per_label_ranks_the_structures():
+    names = ["low", "absent", "high"]
+    before, after = np.array([0.2, np.nan, 0.5]), np.array([0.4, np.nan, 0.9])
+    ax = figures.dice_per_label(names, before, after).axes[0]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["absent", "low", "high"]
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in ax.containers}
+    assert widths == {"before": [0, 0.2, 0.5], "after": [0, 0.4, 0.9]}
+    above, below = (bars[0].get_y() for bars in ax.containers)
+    assert above > below
+
+
+def test_dice_per_label_of_several_pairs_is_boxes_around_their_medians():
+    before = np.array([[0.1, 0.5], [0.2, 0.6], [0.3, np.nan], [0.4, 0.8]])
+    after = before + 0.1
+    ax = figures.dice_per_label(["a", "b"], before, after).axes[0]
+    medians = sorted(line.get_xdata()[0] for line in ax.get_lines() if line.get_color() == "white")
+    np.testing.assert_allclose(medians, [0.25, 0.35, 0.6, 0.7])
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"before", "after"}
+    with pytest.raises(ValueError, match="3 names"):
+        figures.dice_per_label(["a", "b", "c"], before, after)
+
+
+def test_pictures_are_saved_in_one_piece_and_leave_no_state(tmp_path):
+    figure = figures.training([{"step": 0, "dice": 0.5}])
+    figures.save(tmp_path / "curves.png", figure, dpi=40)
+    width, height = figure.get_size_inches()
+    assert png_size((tmp_path / "curves.png").read_bytes()) == (int(40 * width), int(40 * height))
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+    code = (
+        "import sys; from dilformer_jax.reporting import figures, html, tables; "
+        "assert not {'matplotlib', 'jax'} & set(sys.modules); "
+        "figures.png(figures.training([{'step': 0, 'loss': 1.0}])); "
+        "assert 'matplotlib.pyplot' not in sys.modules and 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_csv_rows_are_the_csv(results):
+    rows = tables.csv_rows(PAIRS, LABELS)
+    assert len(rows) == len(PAIRS) * len(LABELS)
+    for row, read in zip(rows, csv_of(results[0] / "results.csv"), strict=True):
+        assert {key: "" if value != value else str(value) for key, value in row.items()} == read
