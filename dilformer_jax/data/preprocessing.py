@@ -88,6 +88,37 @@ def resolved(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def prepared(
+    image: Float32[np.ndarray, "x y z"], settings: Mapping[str, Any], name: Path | str, *, multiple: int | None = None
+) -> Float32[np.ndarray, "d h w 1"]:
+    """The voxels of an image file as a network sees them, by settings as `resolved` gives them.
+
+    Where downsampling does not divide the shape, BadInput says so of `name`; given a `multiple`, the end of each axis
+    is continued with the border value instead, until what comes out is a multiple of it.
+    """
+    image = _boxed(image, corner(image, settings["crop_to"]), settings["crop_to"], mode="edge")
+    try:
+        image = normalise(image, settings["normalise"])
+    except BadInput as fault:
+        raise BadInput(f"{name}: {fault}") from fault
+    if multiple is not None:
+        step = multiple * settings["downsample"]
+        image = np.pad(image, [(0, -size % step) for size in image.shape], mode="edge")
+    return _blocks(image, settings["downsample"], Path(name)).mean(-1)[..., None]
+
+
+def corner(image: np.ndarray, box: tuple[int, int, int] | None) -> list[int]:
+    """Where `crop_to` begins, in voxels of the image; below 0 where it is larger than the image."""
+    starts = []
+    for axis, (size, wanted) in enumerate(zip(image.shape, box or image.shape, strict=True)):
+        others = tuple(other for other in range(3) if other != axis)
+        inside = np.flatnonzero(image.any(axis=others))
+        low, high = (int(inside[0]), int(inside[-1])) if inside.size else (0, size - 1)
+        room = size - wanted
+        starts.append(min(max((low + high + 1 - wanted) // 2, min(0, room)), max(0, room)))
+    return starts
+
+
 def downsampled_shape(shape: tuple[int, ...], factor: int, path: Path) -> tuple[int, int, int]:
     """The shape in blocks of factor^3 voxels; BadInput naming the file where there are no whole ones."""
     if any(n % factor for n in shape):
@@ -105,13 +136,7 @@ def by(shape: tuple[int, ...]) -> str:
 
 
 def _decoded_image(subject: Subject, settings: dict[str, Any]) -> np.ndarray:
-    image = _voxels(subject.image)
-    image = _boxed(image, _corner(image, settings["crop_to"]), settings["crop_to"], mode="edge")
-    try:
-        image = normalise(image, settings["normalise"])
-    except BadInput as fault:
-        raise BadInput(f"{subject.image}: {fault}") from fault
-    return _blocks(image, settings["downsample"], subject.image).mean(-1)[..., None]
+    return prepared(_voxels(subject.image), settings, subject.image)
 
 
 def _decoded_labels(image_path: Path, path: Path, settings: dict[str, Any]) -> np.ndarray:
@@ -124,7 +149,7 @@ def _decoded_labels(image_path: Path, path: Path, settings: dict[str, Any]) -> n
         volume = read_labels(path)
         check_same_grid(read_image(image_path), volume)
         labels = volume.array
-    labels = _boxed(labels, _corner(image, settings["crop_to"]), settings["crop_to"], mode="constant")
+    labels = _boxed(labels, corner(image, settings["crop_to"]), settings["crop_to"], mode="constant")
     if settings["labels"] == "full":
         return labels
     return _most_frequent(_blocks(labels, settings["downsample"], path))
@@ -132,18 +157,6 @@ def _decoded_labels(image_path: Path, path: Path, settings: dict[str, Any]) -> n
 
 def _voxels(path: Path) -> np.ndarray:
     return read_pickle(path)[0] if path.suffix == ".pkl" else read_image(path).array
-
-
-def _corner(image: np.ndarray, box: tuple[int, int, int] | None) -> list[int]:
-    """Where the box begins, in voxels of the image; below 0 where it is larger than the image."""
-    corner = []
-    for axis, (size, wanted) in enumerate(zip(image.shape, box or image.shape, strict=True)):
-        others = tuple(other for other in range(3) if other != axis)
-        inside = np.flatnonzero(image.any(axis=others))
-        low, high = (int(inside[0]), int(inside[-1])) if inside.size else (0, size - 1)
-        room = size - wanted
-        corner.append(min(max((low + high + 1 - wanted) // 2, min(0, room)), max(0, room)))
-    return corner
 
 
 def _boxed(array: np.ndarray, corner: list[int], box: tuple[int, int, int] | None, mode: Any) -> np.ndarray:

@@ -1,0 +1,218 @@
+"""The blocks of the registration networks: MSR, Dilformer and SRF, and the plain block that each ablation puts in their place.
+
+The paper names the blocks and their roles; their inner sizes are ours. Features are (b, d, h, w, c); a block keeps the volume's shape.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from dilformer_jax.ops import conv as convolution
+from dilformer_jax.ops import spatial
+
+Features = Float[Array, "b d h w c"]
+Widened = Float[Array, "b d h w o"]
+
+
+def activation(x: Features) -> Features:
+    return nn.leaky_relu(x, 0.1)
+
+
+def instance_norm(x: Features) -> Features:
+    """Zero mean and unit variance over the voxels of each channel of each volume."""
+    mean = x.mean(axis=(1, 2, 3), keepdims=True)
+    centred = x - mean
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=(1, 2, 3), keepdims=True) + 1e-5)
+
+
+class Conv(nn.Module):
+    """A convolution of `ops.conv` with its parameters: `kernel` (kd, kh, kw, c, features) and, unless a norm follows, `bias`."""
+
+    features: int
+    kernel: tuple[int, int, int] = (3, 3, 3)
+    stride: int = 1
+    bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Features) -> Float[Array, "b e f g o"]:
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel, x.shape[-1], self.features))
+        x = x @ kernel[0, 0, 0] if self.kernel == (1, 1, 1) else convolution.conv(x, kernel, stride=self.stride)
+        return x + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else x
+
+
+class ConvNorm(nn.Module):
+    """Convolution, instance norm, LeakyReLU."""
+
+    features: int
+    kernel: tuple[int, int, int] = (3, 3, 3)
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Features) -> Float[Array, "b e f g o"]:
+        return activation(instance_norm(Conv(self.features, self.kernel, self.stride, bias=False)(x)))
+
+
+class Depthwise(nn.Module):
+    """A depthwise 3³ convolution."""
+
+    dilation: int = 1
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        kernel = self.param("kernel", nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3), (3, 3, 3, x.shape[-1]))
+        return convolution.depthwise(x, kernel, dilation=self.dilation)
+
+
+class MSR(nn.Module):
+    """Multi-scale residual learning: a 3³ path beside a factorised 5³ path, each at half width, joined by a 1³."""
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        width = x.shape[-1]
+        narrow = ConvNorm(width // 2)(x)
+        wide = Conv(width - width // 2, (1, 1, 1), bias=False)(x)
+        for kernel in ((5, 1, 1), (1, 5, 1), (1, 1, 5)):
+            wide = Conv(width - width // 2, kernel, bias=False)(wide)
+        wide = activation(instance_norm(wide))
+        y = Conv(width, (1, 1, 1), bias=False)(jnp.concatenate([narrow, wide], axis=-1))
+        return activation(instance_norm(y + x))
+
+
+class Residual(nn.Module):
+    """The plain counterpart of MSR and of Dilformer: one 3³ convolution and a residual, as in RDP's encoder."""
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        y = Conv(x.shape[-1], bias=False)(activation(instance_norm(x)))
+        return activation(instance_norm(y + x))
+
+
+class Dilformer(nn.Module):
+    """A transformer block whose queries, keys and values see different ranges: depthwise convolutions at dilations 1, 2 and 3.
+
+    Attributes:
+      attention: 'channels' (between the channels of a head, linear in voxels) or 'windows' (between the voxels of a window).
+      heads: attention heads; the features' width is a multiple of it.
+      window: voxels of an attention window along each axis.
+      shifted: whether the windows start half a window earlier, so that consecutive blocks exchange across their borders.
+    """
+
+    attention: str = "channels"
+    heads: int = 4
+    window: tuple[int, int, int] = (5, 6, 5)
+    shifted: bool = False
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        width = x.shape[-1]
+        if width % self.heads:
+            raise ValueError(f"{self.heads} attention heads do not divide a width of {width} channels.")
+        y = nn.LayerNorm(epsilon=1e-5, name="attention_norm")(x)
+        q, k, v = (
+            Depthwise(dilation, name=f"{name}_range")(Conv(width, (1, 1, 1), bias=False, name=name)(y))
+            for name, dilation in (("query", 1), ("key", 2), ("value", 3))
+        )
+        if self.attention == "channels":
+            temperature = self.param("temperature", nn.initializers.ones, (self.heads, 1, 1))
+            y = channel_attention(q, k, v, temperature)
+        elif self.attention == "windows":
+            positions = math.prod(2 * size - 1 for size in self.window)
+            bias = self.param("position_bias", nn.initializers.normal(0.02), (positions, self.heads))
+            y = window_attention(q, k, v, bias, self.window, self.shifted)
+        else:
+            raise ValueError(f"Dilformer's attention is 'channels' or 'windows', got {self.attention!r}.")
+        x = x + Conv(width, (1, 1, 1), name="join")(y)
+        y = nn.LayerNorm(epsilon=1e-5, name="feed_forward_norm")(x)
+        y = Conv(2 * width, (1, 1, 1), name="widen")(y)
+        y = nn.gelu(Depthwise(name="mix")(y))
+        return x + Conv(width, (1, 1, 1), name="narrow")(y)
+
+
+def channel_attention(q: Features, k: Features, v: Features, temperature: Float[Array, "heads 1 1"]) -> Features:
+    """Attention between the channels of each head; queries and keys are normalised over the voxels (Restormer, Zamir et al., CVPR 2022)."""
+    shape = dict(zip("dhw", q.shape[1:4], strict=True))
+    q, k, v = (rearrange(a, "b d h w (heads c) -> b heads (d h w) c", heads=len(temperature)) for a in (q, k, v))
+    unit = lambda a: a * jax.lax.rsqrt(jnp.square(a).sum(axis=2, keepdims=True) + 1e-6)
+    scores = jnp.einsum("bhnc,bhne->bhce", unit(q), unit(k)) * temperature
+    y = jnp.einsum("bhce,bhne->bhnc", nn.softmax(scores, axis=-1), v)
+    return rearrange(y, "b heads (d h w) c -> b d h w (heads c)", **shape)
+
+
+def window_attention(
+    q: Features, k: Features, v: Features, bias: Float[Array, "positions heads"], window: tuple[int, int, int], shifted: bool
+) -> Features:
+    """Attention between the voxels of each window, with a learnt bias for each relative position (Swin, Liu et al., ICCV 2021).
+
+    The volume is padded to whole windows and the padding masked, so that a shift is a padding in front and nothing wraps around.
+    """
+    volume, heads = q.shape[1:4], bias.shape[1]
+    front = [size // 2 if shifted else 0 for size in window]
+    padding = [(f, -(size + f) % w) for size, f, w in zip(volume, front, window, strict=True)]
+    padded = [before + size + after for size, (before, after) in zip(volume, padding, strict=True)]
+    counts = {name: size // w for name, size, w in zip("def", padded, window, strict=True)}
+    pattern = "(d wd) (e we) (f wf)"
+    sizes = dict(zip(("wd", "we", "wf"), window, strict=True))
+    cut = lambda a: rearrange(
+        jnp.pad(a, ((0, 0), *padding, (0, 0))), f"b {pattern} (heads c) -> (b d e f) heads (wd we wf) c", heads=heads, **sizes
+    )
+    inside = rearrange(jnp.pad(jnp.ones(volume, bool), padding), f"{pattern} -> (d e f) 1 1 (wd we wf)", **sizes)
+    place = jnp.stack(jnp.meshgrid(*(jnp.arange(size) for size in window), indexing="ij"), axis=-1).reshape(-1, 3)
+    offset = place[:, None] - place[None] + jnp.array(window) - 1
+    relative = (offset[..., 0] * (2 * window[1] - 1) + offset[..., 1]) * (2 * window[2] - 1) + offset[..., 2]
+    q, k, windows = cut(q), cut(k), cut(v)
+    scores = jnp.einsum("nhqc,nhkc->nhqk", q, k) / math.sqrt(q.shape[-1]) + rearrange(bias[relative], "q k heads -> heads q k")
+    scores = jnp.where(jnp.tile(inside, (v.shape[0], 1, 1, 1)), scores, -1e9)
+    y = jnp.einsum("nhqk,nhkc->nhqc", nn.softmax(scores, axis=-1), windows)
+    y = rearrange(y, f"(b d e f) heads (wd we wf) c -> b {pattern} (heads c)", **counts, **sizes)
+    return y[:, *(slice(before, before + size) for size, (before, _) in zip(volume, padding, strict=True))]
+
+
+class SRF(nn.Module):
+    """Separable residual fusion: a 1³ to the level's width, then two rounds of factorised 3³ convolutions and a residual."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Features) -> Widened:
+        x = ConvNorm(self.features, (1, 1, 1))(x)
+        y = x
+        for _ in range(2):
+            for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):
+                y = Conv(self.features, kernel, bias=False)(y)
+            y = activation(instance_norm(y))
+        return activation(x + y)
+
+
+class Fusion(nn.Module):
+    """The plain counterpart of SRF: two dense 3³ convolutions."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Features) -> Widened:
+        return ConvNorm(self.features)(ConvNorm(self.features)(x))
+
+
+class Head(nn.Module):
+    """Features to a displacement in voxels; nearly zero at first, so that a fresh network is the identity."""
+
+    @nn.compact
+    def __call__(self, x: Features) -> Float[Array, "b d h w 3"]:
+        return Conv(3, kernel_init=nn.initializers.normal(1e-5))(x).astype(jnp.float32)
+
+
+class SpatialTransformer(nn.Module):
+    """`ops.spatial.warp` as a layer without parameters."""
+
+    order: int = 1
+    padding: str = "border"
+    engine: str = "gather"
+
+    @nn.compact
+    def __call__(self, image: Features, displacement: Float[Array, "b e f g 3"]) -> Float[Array, "b e f g c"]:
+        return spatial.warp(image, displacement, order=self.order, padding=self.padding, engine=self.engine)

@@ -1,0 +1,153 @@
+"""DilformerNet: the dual-stream pyramid that registers a pair from coarse to fine (Peng et al., J. Zhejiang Univ. (Eng. Sci.) 2026, 60(5):1082).
+
+From the paper: two streams through one pyramid of MSR blocks, Dilformer blocks at the low resolutions, SRF blocks before each displacement, a multi-resolution
+loss. The inner sizes, and every option, are ours.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dilformer_jax.models.blocks import MSR, SRF, Conv, ConvNorm, Dilformer, Fusion, Head, Residual, SpatialTransformer
+from dilformer_jax.ops import spatial
+
+
+class Encoder(nn.Module):
+    """An image to a pyramid of features, finest level first.
+
+    Attributes: see `DilformerNet`.
+    """
+
+    width: int
+    levels: int
+    finest: int
+    msr: bool
+    dilformer: str
+    attention: str
+    heads: int
+    window: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d h w 1"]) -> list[Array]:
+        pyramid = []
+        for level in range(self.levels):
+            width = self.width * 2**level
+            if level:
+                x = ConvNorm(width, (2, 2, 2), 2, name=f"down{level}")(x)
+            elif self.finest:
+                # The image enters by strided convolutions: no features at the resolutions that carry no displacement.
+                x = ConvNorm(width, (4, 4, 4), 2, name="enter")(x)
+                for coarser in range(1, self.finest):
+                    x = ConvNorm(width, (2, 2, 2), 2, name=f"enter{coarser}")(x)
+            else:
+                x = ConvNorm(width, name="enter")(x)
+            if level or self.finest:
+                x = (MSR(name=f"msr{level}") if self.msr else Residual(name=f"plain{level}"))(x)
+            if self.dilformer in ("streams", "plain"):
+                for block in range(dilformer_blocks(level, self.levels)):
+                    if self.dilformer == "plain":
+                        x = Residual(name=f"plain_attention{level}_{block}")(x)
+                    else:
+                        shifted = block % 2 == 1
+                        x = Dilformer(self.attention, self.heads, self.window, shifted, name=f"dilformer{level}_{block}")(x)
+            pyramid.append(x)
+        return pyramid
+
+
+def dilformer_blocks(level: int, levels: int) -> int:
+    """How many Dilformer blocks a level has: two at the coarsest, one at the next, none above."""
+    return {levels - 1: 2, levels - 2: 1}.get(level, 0) if level else 0
+
+
+class DilformerNet(nn.Module):
+    """Fixed and moving images (b, d, h, w, 1) to displacements, one a level, finest first.
+
+    Attributes:
+      width: channels of the finest level; each coarser level has twice as many.
+      levels: levels that carry a displacement.
+      finest: the finest of them, in halvings of the input: 0 is full resolution.
+      recursions: how often each level refines its displacement, with shared weights.
+      diffeomorphic: whether each level's output is a velocity, integrated by scaling and squaring.
+      separate_encoders: whether the two streams have weights of their own.
+      msr: False puts a plain residual block in MSR's place.
+      dilformer: 'streams' (in the encoder), 'fused' (on the fused features of the decoder), or 'plain' (a residual block in its place).
+      srf: False puts dense convolutions in SRF's place.
+      attention: 'channels' or 'windows'.
+      heads, window: of the attention.
+    """
+
+    width: int = 16
+    levels: int = 4
+    finest: int = 0
+    recursions: int = 1
+    diffeomorphic: bool = False
+    separate_encoders: bool = False
+    msr: bool = True
+    dilformer: str = "streams"
+    srf: bool = True
+    attention: str = "channels"
+    heads: int = 4
+    window: tuple[int, int, int] = (5, 6, 5)
+
+    @property
+    def downsampling(self) -> int:
+        """What every axis of the input must be a multiple of."""
+        return 2 ** (self.finest + self.levels - 1)
+
+    @nn.compact
+    def __call__(
+        self, fixed: Float[Array, "b d h w 1"], moving: Float[Array, "b d h w 1"], *, both: bool = False
+    ) -> tuple[Array, ...]:
+        """Displacements of each level in its own voxels, (b, d / 2^l, h / 2^l, w / 2^l, 3), finest first.
+
+        With `both`, one encoding serves both directions: the batch is 2b long, 2i registers moving i to fixed i and 2i + 1 fixed i to moving i.
+
+        Raises:
+          ValueError: an axis that is not a multiple of `downsampling`, or an unknown option.
+        """
+        if self.dilformer not in ("streams", "fused", "plain"):
+            raise ValueError(f"DilformerNet's dilformer is 'streams', 'fused' or 'plain', got {self.dilformer!r}.")
+        if any(size % self.downsampling for size in fixed.shape[1:4]):
+            raise ValueError(f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}.")
+        fixed_pyramid, moving_pyramid = self._encode(fixed, moving, both)
+        warp = SpatialTransformer()
+        displacements: list[Array] = []
+        x = u = None
+        for level in reversed(range(self.levels)):
+            f, m = fixed_pyramid[level], moving_pyramid[level]
+            width = f.shape[-1]
+            if x is not None:
+                # To the level's width before the enlargement, where it costs an eighth.
+                x = spatial.resize(Conv(width, (1, 1, 1), name=f"up{level}")(x), f.shape[1:4])
+                u = spatial.resize_displacement(u, f.shape[1:4])
+            fuse = (SRF if self.srf else Fusion)(width, name=f"fuse{level}")
+            head = Head(name=f"head{level}")
+            below = x if x is not None else jnp.zeros_like(f)
+            for recursion in range(self.recursions):
+                seen = m if u is None else warp(m, u)
+                x = fuse(jnp.concatenate([f, seen, below], axis=-1))
+                if self.dilformer == "fused" and recursion == 0:
+                    for block in range(dilformer_blocks(level, self.levels)):
+                        x = Dilformer(self.attention, self.heads, self.window, block % 2 == 1, name=f"dilformer{level}_{block}")(x)
+                below, w = x, head(x)
+                if self.diffeomorphic:
+                    w = spatial.integrate(w)
+                u = w if u is None else spatial.compose(u, w)
+            displacements.append(u)
+        return tuple(reversed(displacements))
+
+    def _encode(self, fixed, moving, both):
+        options = (self.width, self.levels, self.finest, self.msr, self.dilformer, self.attention, self.heads, self.window)
+        b = fixed.shape[0]
+        # Pairs are stacked beside each other, not one stream behind the other, so that a batch split over devices stays where it is.
+        stack = lambda first, second: jnp.stack([first, second], axis=1).reshape(2 * b, *fixed.shape[1:])
+        if self.separate_encoders:
+            encode_fixed, encode_moving = Encoder(*options, name="fixed_encoder"), Encoder(*options, name="moving_encoder")
+            if both:
+                return encode_fixed(stack(fixed, moving)), encode_moving(stack(moving, fixed))
+            return encode_fixed(fixed), encode_moving(moving)
+        pyramid = Encoder(*options, name="encoder")(stack(fixed, moving))
+        beside = [x.reshape(b, 2, *x.shape[1:]) for x in pyramid]
+        if both:
+            return pyramid, [x[:, ::-1].reshape(2 * b, *x.shape[2:]) for x in beside]
+        return [x[:, 0] for x in beside], [x[:, 1] for x in beside]

@@ -1,0 +1,63 @@
+"""VoxelMorph-2 (Balakrishnan et al., IEEE TMI 2019): a U-Net on the concatenated pair, one displacement at full resolution."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dilformer_jax.models.blocks import Conv, Head
+
+
+class VoxelMorph(nn.Module):
+    """Fixed and moving images (b, d, h, w, 1) to a displacement, as a tuple of one.
+
+    The defaults are VoxelMorph-2 as in the TransMorph benchmark: strided 3³ convolutions down, nearest-neighbour enlargement and skips up, LeakyReLU 0.2, no norm.
+    301,411 parameters.
+
+    Attributes:
+      down: channels of the strided convolutions.
+      up: channels of the convolutions after each enlargement.
+      final: channels of the convolutions at full resolution.
+    """
+
+    down: tuple[int, ...] = (16, 32, 32, 32)
+    up: tuple[int, ...] = (32, 32, 32, 32)
+    final: tuple[int, ...] = (32, 16, 16)
+
+    @property
+    def downsampling(self) -> int:
+        """What every axis of the input must be a multiple of."""
+        return 2 ** len(self.down)
+
+    @nn.compact
+    def __call__(
+        self, fixed: Float[Array, "b d h w 1"], moving: Float[Array, "b d h w 1"], *, both: bool = False
+    ) -> tuple[Array, ...]:
+        """The displacement (b, d, h, w, 3) in voxels. With `both` the batch is 2b long, as `DilformerNet` has it.
+
+        Raises:
+          ValueError: an axis that is not a multiple of `downsampling`.
+        """
+        if any(size % self.downsampling for size in fixed.shape[1:4]):
+            raise ValueError(f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}.")
+        if both:
+            stack = lambda first, second: jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+            fixed, moving = stack(fixed, moving), stack(moving, fixed)
+        x = jnp.concatenate([moving, fixed], axis=-1)
+        skips = [x]
+        for features in self.down:
+            x = nn.leaky_relu(Conv(features, stride=2)(x), 0.2)
+            skips.append(x)
+        x = skips.pop()
+        for features in self.up:
+            x = nn.leaky_relu(Conv(features)(x), 0.2)
+            x = jnp.concatenate([_enlarge(x), skips.pop()], axis=-1)
+        for features in self.final:
+            x = nn.leaky_relu(Conv(features)(x), 0.2)
+        return (Head(name="head")(x),)
+
+
+def _enlarge(x):
+    """Each voxel becomes a 2x2x2 cube of itself."""
+    b, d, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :, None], (b, d, 2, h, 2, w, 2, c))
+    return x.reshape(b, 2 * d, 2 * h, 2 * w, c)

@@ -1,0 +1,149 @@
+"""Similarity and smoothness: what a registration network minimises.
+
+Images are (*b, D, H, W, C), displacements (*b, D, H, W, 3) in voxels of their own grid. Every function returns a scalar: a mean over all voxels of the batch.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from dilformer_jax.ops import spatial
+
+Scalar = Float[Array, ""]
+Image = Float[Array, "*b d h w c"]
+Displacement = Float[Array, "*b d h w 3"]
+
+
+def lncc(
+    fixed: Image, moved: Float[Array, "*b d h w c"], window: int = 9, *, border: str = "cut", epsilon: float = 1e-5
+) -> Scalar:
+    """Local normalised cross-correlation, squared: the mean over all voxels of cross² / (variance · variance + epsilon), from 0 to 1.
+
+    cross and the variances are sums over the window³ around each voxel, after Avants et al. (Med. Image Anal. 2008). With border 'cut' the
+    window is cut at the faces and holds fewer voxels there; with 'zeros' the volume is padded with zeros, which count as voxels, as in
+    VoxelMorph (Balakrishnan et al., TMI 2019). A voxel whose window is constant counts 0.
+
+    Raises:
+      ValueError: an even window, or an unknown border.
+    """
+    if window % 2 == 0:
+        raise ValueError(f"An LNCC window has an odd number of voxels, got {window}.")
+    if border not in ("cut", "zeros"):
+        raise ValueError(f"LNCC's border is 'cut' or 'zeros', got {border!r}.")
+    # Centred first, in float32: window sums of squares of uncentred intensities lose the variance to rounding.
+    if border == "cut":
+        axes = (-4, -3, -2)
+        f = fixed.astype(jnp.float32) - fixed.astype(jnp.float32).mean(axes, keepdims=True)
+        m = moved.astype(jnp.float32) - moved.astype(jnp.float32).mean(axes, keepdims=True)
+        count = _window_sum(jnp.ones((*fixed.shape[-4:-1], 1)), window)
+    else:
+        # Padding with zeros is meant of the intensities themselves, so there is nothing to centre on.
+        f, m = fixed.astype(jnp.float32), moved.astype(jnp.float32)
+        count = jnp.float32(window**3)
+    sums = functools.partial(_window_sum, window=window)
+    sum_f, sum_m = sums(f), sums(m)
+    cross = sums(f * m) - sum_f * sum_m / count
+    variance_f = jnp.maximum(sums(f * f) - sum_f * sum_f / count, 0.0)
+    variance_m = jnp.maximum(sums(m * m) - sum_m * sum_m / count, 0.0)
+    return (cross * cross / (variance_f * variance_m + epsilon)).mean()
+
+
+def _window_sum(x, window: int):
+    """Sums over window³, cut at the faces: one 1-D sum an axis (a dense box convolution costs a thousand times more)."""
+    for axis in (-4, -3, -2):
+        size = [1] * x.ndim
+        size[axis] = window
+        x = lax.reduce_window(x, 0.0, lax.add, size, (1,) * x.ndim, "SAME")
+    return x
+
+
+def mse(fixed: Image, moved: Float[Array, "*b d h w c"]) -> Scalar:
+    """The mean squared difference of intensities."""
+    return jnp.square(fixed.astype(jnp.float32) - moved.astype(jnp.float32)).mean()
+
+
+def soft_dice(
+    fixed: Float[Array, "*b d h w k"], moved: Float[Array, "*b d h w k"], *, epsilon: float = 1e-5
+) -> Scalar:
+    """The mean over labels and batch of 2 Σ f·m / (Σ f² + Σ m² + epsilon), for one-hot or probabilistic maps (Milletari et al., 3DV 2016)."""
+    total = functools.partial(jnp.sum, axis=(-4, -3, -2))
+    return (2 * total(fixed * moved) / (total(fixed**2) + total(moved**2) + epsilon)).mean()
+
+
+def diffusion(u: Displacement) -> Scalar:
+    """The mean squared forward difference of a displacement, over its three components and three axes (VoxelMorph's `Grad('l2')`)."""
+    return sum((jnp.square(jnp.diff(u, axis=axis)).mean() for axis in (-4, -3, -2)), jnp.float32(0)) / 3
+
+
+def bending(u: Displacement) -> Scalar:
+    """The mean bending energy of a displacement: Σ over axes a, b of (d²u / da db)², central differences, over the inner voxels.
+
+    After Rueckert et al. (TMI 1999), averaged over the three components.
+    """
+    inner = slice(1, -1)
+    first = {axis: jnp.gradient(u, axis=axis) for axis in (-4, -3, -2)}
+    energy = jnp.float32(0)
+    for a in (-4, -3, -2):
+        after, before = jnp.roll(u, -1, axis=a), jnp.roll(u, 1, axis=a)
+        second = (after - 2 * u + before)[..., inner, inner, inner, :]
+        energy += jnp.square(second).mean()
+        for b in range(a + 1, -1):
+            mixed = jnp.gradient(first[a], axis=b)[..., inner, inner, inner, :]
+            energy += 2 * jnp.square(mixed).mean()
+    return energy
+
+
+SIMILARITIES = ("lncc", "mse")
+REGULARISERS = {"diffusion": diffusion, "bending": bending}
+
+
+def multi_resolution(
+    fixed: Float[Array, "b d h w 1"],
+    moving: Float[Array, "b d h w 1"],
+    displacements: Sequence[Array],
+    *,
+    finest: int,
+    weights: Sequence[float],
+    windows: Sequence[int],
+    similarity: str,
+    regulariser: str,
+    regulariser_weight: float,
+    border: str,
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """Σ over levels l of weights[l] · (dissimilarity_l + regulariser_weight · regulariser_l).
+
+    Level l is `finest` + its place in `weights`: the images averaged l times, and the displacement of that level, in its own voxels. Where a
+    network ends at a coarser level than `finest`, its finest displacement is enlarged to it. A single weight is the plain loss, at one level.
+    The windows are those of LNCC, a level each.
+
+    Returns:
+      The loss, and its parts summed with the same weights: similarity (LNCC: higher is better; MSE: lower is better) and regulariser (as it
+      enters the loss).
+
+    Raises:
+      ValueError: an unknown similarity or regulariser, or weights and windows of different lengths.
+    """
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"A similarity is one of {SIMILARITIES}, got {similarity!r}.")
+    if regulariser not in REGULARISERS:
+        raise ValueError(f"A regulariser is one of {tuple(REGULARISERS)}, got {regulariser!r}.")
+    if len(weights) != len(windows):
+        raise ValueError(f"Each level has a weight and a window, got {len(weights)} weights and {len(windows)} windows.")
+    for _ in range(finest):
+        fixed, moving = spatial.average(fixed), spatial.average(moving)
+    by_shape = {u.shape[1:4]: u for u in displacements}
+    similar, smooth = jnp.float32(0), jnp.float32(0)
+    for level, (weight, window) in enumerate(zip(weights, windows, strict=True)):
+        if level:
+            fixed, moving = spatial.average(fixed), spatial.average(moving)
+        shape = fixed.shape[1:4]
+        u = by_shape[shape] if shape in by_shape else spatial.resize_displacement(displacements[0], shape)
+        moved = spatial.warp(moving, u)
+        alike = lncc(fixed, moved, window, border=border) if similarity == "lncc" else mse(fixed, moved)
+        similar += weight * alike
+        smooth += weight * regulariser_weight * REGULARISERS[regulariser](u)
+    dissimilarity = -similar if similarity == "lncc" else similar
+    return dissimilarity + smooth, {"similarity": similar, "regulariser": smooth}

@@ -1,0 +1,153 @@
+"""Grids, warps and displacements.
+
+The convention, once: a displacement `u` of shape (*b, D, H, W, 3) is float32, in voxels of the grid it lives on, component a along array
+axis a, and `moved(x) = moving(x + u(x))`. Every function takes any number of leading batch axes.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy import ndimage
+from jaxtyping import Array, Float
+
+
+def grid(shape: tuple[int, int, int]) -> Float[Array, "d h w 3"]:
+    """The voxel coordinates of a volume of this shape."""
+    axes = [jnp.arange(size, dtype=jnp.float32) for size in shape]
+    return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
+
+
+def warp(
+    image: Float[Array, "*b d h w c"],
+    displacement: Float[Array, "*b e f g 3"],
+    *,
+    order: int = 1,
+    padding: str = "border",
+    engine: str = "gather",
+) -> Float[Array, "*b e f g c"]:
+    """The image sampled at x + displacement(x), on the displacement's grid.
+
+    With order 1 (trilinear) it equals `map_coordinates` and PyTorch's `grid_sample(align_corners=True)`; with order 0 it takes the nearest
+    voxel. Outside the volume lies its border value, or zero with a linear ramp of one voxel for padding 'zeros'. The gradient to the
+    displacement at a voxel centre is the slope towards the next voxel, and at the last face the slope from the one before it, so that the
+    identity gives training a usable gradient everywhere.
+
+    Raises:
+      ValueError: an unknown order, padding or engine.
+    """
+    if order not in (0, 1):
+        raise ValueError(f"A warp has order 0 (nearest) or 1 (trilinear), got {order}.")
+    if padding not in ("border", "zeros"):
+        raise ValueError(f"A warp pads with 'border' or 'zeros', got {padding!r}.")
+    if engine not in ("gather", "map_coordinates"):
+        raise ValueError(f"A warp's engine is 'gather' or 'map_coordinates', got {engine!r}.")
+    batch = image.shape[:-4]
+    images = image.reshape(-1, *image.shape[-4:])
+    displacements = displacement.reshape(-1, *displacement.shape[-4:])
+    sample = _map_coordinates if engine == "map_coordinates" else _gather
+    moved = jax.vmap(lambda a, u: sample(a, grid(u.shape[:3]) + u, order, padding))(images, displacements)
+    return moved.reshape(*batch, *moved.shape[1:])
+
+
+def _map_coordinates(image, coordinates, order, padding):
+    mode = {"border": "nearest", "zeros": "constant"}[padding]
+    points = jnp.moveaxis(coordinates, -1, 0)
+    sample = lambda channel: ndimage.map_coordinates(channel, points, order=order, mode=mode, cval=0.0)
+    return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
+
+
+def _gather(image, coordinates, order, padding):
+    if padding == "zeros":
+        # One voxel of zeros around the volume is the border value that everything outside then takes.
+        image = jnp.pad(image, ((1, 1), (1, 1), (1, 1), (0, 0)))
+        coordinates = coordinates + 1.0
+    shape = image.shape[:3]
+    strides = (shape[1] * shape[2], shape[2], 1)
+    flat = image.reshape(math.prod(shape), image.shape[3])
+    # Strict inequalities: on the faces themselves the gradient must flow (`jnp.clip` halves it there).
+    last = jnp.asarray([size - 1.0 for size in shape], coordinates.dtype)
+    inside = jnp.where(coordinates < 0, 0.0, jnp.where(coordinates > last, last, coordinates))
+    if order == 0:
+        voxels = jnp.round(inside).astype(jnp.int32)
+        return flat[sum(voxels[..., a] * strides[a] for a in range(3))]
+    # At most the last voxel but one, so that the last face interpolates backwards instead of reading beyond it.
+    low = jnp.clip(jnp.floor(lax.stop_gradient(inside)), 0, jnp.maximum(last - 1, 0))
+    fraction = inside - low
+    low = low.astype(jnp.int32)
+    origin = sum(low[..., a] * strides[a] for a in range(3))
+    steps = [stride if size > 1 else 0 for stride, size in zip(strides, shape, strict=True)]
+    moved = jnp.zeros((), image.dtype)
+    for corner in range(8):
+        bits = [(corner >> a) & 1 for a in range(3)]
+        weight = math.prod((fraction[..., a] if bit else 1 - fraction[..., a]) for a, bit in enumerate(bits))
+        moved += flat[origin + sum(bit * step for bit, step in zip(bits, steps, strict=True))] * weight[..., None]
+    return moved
+
+
+def compose(u: Float[Array, "*b d h w 3"], w: Float[Array, "*b d h w 3"]) -> Float[Array, "*b d h w 3"]:
+    """The displacement of "w first on the fixed grid, then u": u(x + w(x)) + w(x), continued past the faces by its border value."""
+    return warp(u, w) + w
+
+
+def integrate(velocity: Float[Array, "*b d h w 3"], steps: int = 7) -> Float[Array, "*b d h w 3"]:
+    """The displacement that a stationary velocity reaches in unit time, by scaling and squaring (Arsigny et al., MICCAI 2006).
+
+    `velocity` is in voxels per unit time. The loop is rolled: unrolled, it compiles ten times more slowly.
+    """
+    return lax.fori_loop(0, steps, lambda _, u: compose(u, u), velocity / 2**steps)
+
+
+def resize(
+    x: Float[Array, "*b d h w c"], shape: tuple[int, int, int], *, align_corners: bool = False
+) -> Float[Array, "*b e f g c"]:
+    """Trilinear resampling to a shape, as PyTorch's `interpolate(mode='trilinear')` in either corner convention (no antialiasing).
+
+    Half-pixel by default: both grids cover the same box. With `align_corners` the first and the last voxels coincide instead. One matrix
+    product an axis; resizing by gathers is slow on TPU.
+    """
+    for axis, size in zip((-4, -3, -2), shape, strict=True):
+        if x.shape[axis] != size:
+            weights = _resize_weights(x.shape[axis], size, align_corners)
+            x = jnp.moveaxis(jnp.tensordot(x, weights, axes=(axis, 1), precision=lax.Precision.HIGHEST), -1, axis)
+    return x
+
+
+def _resize_weights(source: int, target: int, align_corners: bool) -> Float[Array, "target source"]:
+    index = jnp.arange(target, dtype=jnp.float32)
+    if align_corners:
+        position = index * ((source - 1) / max(target - 1, 1))
+    else:
+        position = (index + 0.5) * (source / target) - 0.5
+    position = jnp.clip(position, 0, source - 1)
+    return jnp.maximum(0.0, 1.0 - jnp.abs(position[:, None] - jnp.arange(source, dtype=jnp.float32)))
+
+
+def resize_displacement(
+    u: Float[Array, "*b d h w 3"], shape: tuple[int, int, int], *, align_corners: bool = False
+) -> Float[Array, "*b e f g 3"]:
+    """A displacement on another grid over the same box, its vectors in voxels of that grid: `2 * resize(u)` going up one level."""
+    span = [(s - 1, t - 1) if align_corners else (s, t) for s, t in zip(u.shape[-4:-1], shape, strict=True)]
+    scale = jnp.asarray([target / source for source, target in span], u.dtype)
+    return resize(u, shape, align_corners=align_corners) * scale
+
+
+def average(x: Float[Array, "*b d h w c"]) -> Float[Array, "*b e f g c"]:
+    """The next coarser level of an image: the mean of each 2x2x2 cube.
+
+    Raises:
+      ValueError: an axis of odd size.
+    """
+    *batch, d, h, w, c = x.shape
+    if d % 2 or h % 2 or w % 2:
+        raise ValueError(f"Averaging 2x2x2 cubes needs even axes, got a volume of {(d, h, w)} voxels.")
+    return x.reshape(*batch, d // 2, 2, h // 2, 2, w // 2, 2, c).mean(axis=(-6, -4, -2))
+
+
+def jacobian_determinant(u: Float[Array, "*b d h w 3"]) -> Float[Array, "*b d h w"]:
+    """det(I + du/dx): central differences inside, one-sided at the faces, as `numpy.gradient` has it."""
+    rows = [jnp.gradient(u, axis=axis) for axis in (-4, -3, -2)]
+    j = jnp.stack(rows, axis=-1) + jnp.eye(3, dtype=u.dtype)
+    a, b, c = j[..., 0, :], j[..., 1, :], j[..., 2, :]
+    return (a * jnp.cross(b, c)).sum(-1)

@@ -1,0 +1,33 @@
+"""Where a result comes from: programs, command and files."""
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dilformer_jax.io.folders import digest
+
+PACKAGES = ("dilformer-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
+
+
+def versions() -> dict[str, str]:
+    """The version of Python and of each package that computes; "not installed" for a package run from its source."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def command(name: str, arguments: Sequence[str] | None) -> str:
+    """The command line that was given, as a shell takes it."""
+    return shlex.join(["python", "-m", f"dilformer_jax.{name}", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def inputs(paths: Iterable[Path]) -> dict[str, str]:
+    """The SHA-256 of each file, by its absolute path."""
+    return {str(path.absolute()): digest(path) for path in paths}
