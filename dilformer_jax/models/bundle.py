@@ -5,6 +5,7 @@
 validation figures, versions, and the SHA-256 of `model.safetensors`.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +78,11 @@ def describe(path: Path | str) -> dict[str, Any]:
     return description
 
 
+def sha256(params: Mapping[str, Any]) -> str:
+    """The SHA-256 that model.safetensors would have, or has, of these parameters."""
+    return hashlib.sha256(safetensors.numpy.save(flatten(params))).hexdigest()
+
+
 def flatten(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of a nested dict by their path, joined with '/', in alphabetical order."""
     arrays: dict[str, np.ndarray] = {}
@@ -117,4 +123,3 @@ def _file(path: Path | str, suffix: str) -> Path:
         found = f"is a {path.suffix or 'file without ending'}" if path.exists() else "does not exist"
         raise BadInput(f"{path} {found}; give a bundle's folder, its .json or its .safetensors file.")
     return path.with_suffix(suffix)
-

@@ -4,6 +4,7 @@ The convention, once: a displacement `u` of shape (*b, D, H, W, 3) is float32, i
 axis a, and `moved(x) = moving(x + u(x))`. Every function takes any number of leading batch axes.
 """
 
+import itertools
 import math
 
 import jax
@@ -43,47 +44,102 @@ def warp(
         raise ValueError(f"A warp pads with 'border' or 'zeros', got {padding!r}.")
     if engine not in ("gather", "map_coordinates"):
         raise ValueError(f"A warp's engine is 'gather' or 'map_coordinates', got {engine!r}.")
-    batch = image.shape[:-4]
     images = image.reshape(-1, *image.shape[-4:])
-    displacements = displacement.reshape(-1, *displacement.shape[-4:])
+    coordinates = (grid(displacement.shape[-4:-1]) + displacement).reshape(-1, *displacement.shape[-4:])
     sample = _map_coordinates if engine == "map_coordinates" else _gather
-    moved = jax.vmap(lambda a, u: sample(a, grid(u.shape[:3]) + u, order, padding))(images, displacements)
-    return moved.reshape(*batch, *moved.shape[1:])
+    return sample(images, coordinates, order, padding).reshape(*displacement.shape[:-1], image.shape[-1])
 
 
-def _map_coordinates(image, coordinates, order, padding):
+def _map_coordinates(images, coordinates, order, padding):
     mode = {"border": "nearest", "zeros": "constant"}[padding]
-    points = jnp.moveaxis(coordinates, -1, 0)
-    sample = lambda channel: ndimage.map_coordinates(channel, points, order=order, mode=mode, cval=0.0)
-    return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
+
+    def sample(image, points):
+        channel = lambda values: ndimage.map_coordinates(values, points, order=order, mode=mode, cval=0.0)
+        return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
+
+    return jax.vmap(sample)(images, jnp.moveaxis(coordinates, -1, 1))
 
 
-def _gather(image, coordinates, order, padding):
+def _gather(images, coordinates, order, padding):
     if padding == "zeros":
         # One voxel of zeros around the volume is the border value that everything outside then takes.
-        image = jnp.pad(image, ((1, 1), (1, 1), (1, 1), (0, 0)))
+        images = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
         coordinates = coordinates + 1.0
-    shape = image.shape[:3]
-    strides = (shape[1] * shape[2], shape[2], 1)
-    flat = image.reshape(math.prod(shape), image.shape[3])
     # Strict inequalities: on the faces themselves the gradient must flow (`jnp.clip` halves it there).
-    last = jnp.asarray([size - 1.0 for size in shape], coordinates.dtype)
+    last = jnp.asarray([size - 1.0 for size in images.shape[1:4]], coordinates.dtype)
     inside = jnp.where(coordinates < 0, 0.0, jnp.where(coordinates > last, last, coordinates))
-    if order == 0:
-        voxels = jnp.round(inside).astype(jnp.int32)
-        return flat[sum(voxels[..., a] * strides[a] for a in range(3))]
+    if order == 1:
+        return _trilinear(images, inside)
+    nearest = jnp.round(inside).astype(jnp.int32)
+    return _voxels(images).at[_index(nearest, images.shape)].get(mode="promise_in_bounds")
+
+
+def _voxels(images):
+    """The batch as one long list of voxels: gathers and scatters batched by `vmap` are several times slower on the CPU."""
+    return images.reshape(-1, images.shape[-1])
+
+
+def _index(voxel, shape):
+    """Where a voxel (b, e, f, g, 3) of a batch of this shape stands in that list."""
+    b, d, h, w, _ = shape
+    first = (jnp.arange(b, dtype=jnp.int32) * (d * h * w))[:, None, None, None]
+    return first + (voxel[..., 0] * h + voxel[..., 1]) * w + voxel[..., 2]
+
+
+def _corners(coordinates, shape):
+    """The list indices of the eight voxels around each point, (b, e, f, g, 8), and the point's place between them, (b, e, f, g, 3)."""
+    last = jnp.asarray([size - 1.0 for size in shape[1:4]], coordinates.dtype)
     # At most the last voxel but one, so that the last face interpolates backwards instead of reading beyond it.
-    low = jnp.clip(jnp.floor(lax.stop_gradient(inside)), 0, jnp.maximum(last - 1, 0))
-    fraction = inside - low
-    low = low.astype(jnp.int32)
-    origin = sum(low[..., a] * strides[a] for a in range(3))
-    steps = [stride if size > 1 else 0 for stride, size in zip(strides, shape, strict=True)]
-    moved = jnp.zeros((), image.dtype)
-    for corner in range(8):
-        bits = [(corner >> a) & 1 for a in range(3)]
-        weight = math.prod((fraction[..., a] if bit else 1 - fraction[..., a]) for a, bit in enumerate(bits))
-        moved += flat[origin + sum(bit * step for bit, step in zip(bits, steps, strict=True))] * weight[..., None]
+    low = jnp.clip(jnp.floor(coordinates), 0, jnp.maximum(last - 1, 0))
+    # An axis of one voxel has no second corner; its weight is zero.
+    strides = [math.prod(shape[a + 2 : 4]) if shape[a + 1] > 1 else 0 for a in range(3)]
+    steps = jnp.asarray([sum(stride * bit for stride, bit in zip(strides, bits, strict=True)) for bits in CORNERS], jnp.int32)
+    return _index(low.astype(jnp.int32), shape)[..., None] + steps, coordinates - low
+
+
+def _weights(fraction, bits, slope_along=None):
+    """A corner's trilinear weight, or its derivative along one axis."""
+    factors = [fraction[..., a] if bit else 1 - fraction[..., a] for a, bit in enumerate(bits)]
+    if slope_along is not None:
+        factors[slope_along] = 1.0 if bits[slope_along] else -1.0
+    return math.prod(factors)
+
+
+CORNERS = tuple(itertools.product((0, 1), repeat=3))
+
+
+@jax.custom_vjp
+def _trilinear(images, coordinates):
+    """Images (b, d, h, w, c) at coordinates (b, e, f, g, 3) inside the volume.
+
+    The gradient rule gathers the corners anew instead of keeping eight copies of the image, and is three times faster than the derived one on the CPU.
+    """
+    index, fraction = _corners(coordinates, images.shape)
+    voxels = _voxels(images)
+    moved = jnp.zeros((), images.dtype)
+    for corner, bits in enumerate(CORNERS):
+        moved += voxels.at[index[..., corner]].get(mode="promise_in_bounds") * _weights(fraction, bits)[..., None]
     return moved
+
+
+def _trilinear_forward(images, coordinates):
+    return _trilinear(images, coordinates), (images, coordinates)
+
+
+def _trilinear_backward(saved, gradient):
+    images, coordinates = saved
+    index, fraction = _corners(coordinates, images.shape)
+    to_voxels = jnp.zeros_like(_voxels(images))
+    for corner, bits in enumerate(CORNERS):
+        share = gradient * _weights(fraction, bits)[..., None]
+        to_voxels = to_voxels.at[index[..., corner].ravel()].add(_voxels(share), mode="promise_in_bounds")
+    values = _voxels(images).at[index].get(mode="promise_in_bounds")
+    along = jnp.einsum("befgkc,befgc->befgk", values, gradient, precision=lax.Precision.HIGHEST)
+    slopes = [sum(along[..., k] * _weights(fraction, bits, axis) for k, bits in enumerate(CORNERS)) for axis in range(3)]
+    return to_voxels.reshape(images.shape), jnp.stack(slopes, axis=-1)
+
+
+_trilinear.defvjp(_trilinear_forward, _trilinear_backward)
 
 
 def compose(u: Float[Array, "*b d h w 3"], w: Float[Array, "*b d h w 3"]) -> Float[Array, "*b d h w 3"]:

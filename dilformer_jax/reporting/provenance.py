@@ -23,9 +23,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def command(name: str, arguments: Sequence[str] | None) -> str:
-    """The command line that was given, as a shell takes it."""
-    return shlex.join(["python", "-m", f"dilformer_jax.{name}", *(sys.argv[1:] if arguments is None else arguments)])
+def command(name: str, argv: Sequence[str] | None) -> str:
+    """The command line that was given (sys.argv unless `argv`, which begins with the program's name), for a shell."""
+    return shlex.join(["python", "-m", f"dilformer_jax.{name}", *(sys.argv if argv is None else argv)[1:]])
 
 
 def inputs(paths: Iterable[Path]) -> dict[str, str]:

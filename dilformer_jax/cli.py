@@ -1,0 +1,154 @@
+"""The command line shared by every entry point: what a user can mend ends in one sentence and exit code 2."""
+
+import argparse
+import difflib
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags  # type: ignore[import-untyped]
+
+from dilformer_jax.io.volumes import BadInput
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple", ConfigDict: "a dictionary"}
+
+
+class Arguments(argparse.ArgumentParser):
+    """An argument parser that raises BadInput, in one sentence, where argparse would print the usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            hint = _closest(unknown[1].partition("=")[0], options)
+            raise BadInput(f"{self.prog} knows no {unknown[1]}{hint}; see {self.prog} --help.")
+        raise BadInput(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def run(main: Callable[[ConfigDict, Path], None], argv: Sequence[str] | None = None) -> None:
+    """Runs main(config, workdir) on `--config FILE.py[:ARGUMENT] --workdir DIR --config.key=value ...`.
+
+    `argv` (sys.argv unless given) begins with the program's name. The config is locked. main's docstring is the help.
+    """
+    with one_sentence():
+        main(*_experiment(list(sys.argv if argv is None else argv), main.__doc__ or ""))
+
+
+def run_arguments(
+    main: Callable[[argparse.Namespace], None], parser: Arguments, argv: Sequence[str] | None = None
+) -> None:
+    """Runs main(arguments) on what `parser` makes of `argv`, which is as in `run`."""
+    with one_sentence():
+        main(parser.parse_args(list(sys.argv if argv is None else argv)[1:]))
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns BadInput into its sentence on stderr and exit code 2, and Ctrl-C into exit code 130."""
+    try:
+        yield
+    except BadInput as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _experiment(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
+    parser = Arguments(
+        Path(argv[0]).name,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="--config.KEY=VALUE changes a value of the configuration, for example --config.total_steps=100",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]", help="configuration of the experiment")
+    parser.add_argument("--workdir", required=True, type=Path, help="folder for checkpoints, metrics and figures")
+    known, overrides = parser.parse_known_args(argv[1:])
+    if known.workdir.exists() and not known.workdir.is_dir():
+        raise BadInput(f"--workdir {known.workdir} is a file; give a folder.")
+    return _overridden(parser, load_config(known.config), overrides, known.config), known.workdir
+
+
+def load_config(source: str) -> ConfigDict:
+    """What get_config() of 'FILE.py' returns, or get_config('ARGUMENT') of 'FILE.py:ARGUMENT'. Raises BadInput."""
+    name, _, argument = source.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise BadInput(f"config file {path} does not exist; give a Python file such as configs/demo.py.")
+    try:
+        get_config = runpy.run_path(str(path), run_name="config").get("get_config")
+        config = get_config(argument) if get_config and argument else get_config and get_config()
+    except BadInput:
+        raise
+    # A configuration is a program: anything may happen in it.
+    except Exception as error:
+        raise BadInput(f"config {source} fails with {type(error).__name__} ({error}); mend it.") from error
+    if not isinstance(config, ConfigDict):
+        raise BadInput(f"config file {path} has no get_config() that returns a ConfigDict; add one.")
+    return config
+
+
+def _overridden(parser: Arguments, config: ConfigDict, overrides: list[str], source: str) -> ConfigDict:
+    """The config, locked, with `--config.key=value` set."""
+    for argument in overrides:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if match:
+            _check_key(config, match[1], source)
+        elif argument.startswith("-") and not re.match(r"-\d", argument):
+            parser.error(f"unrecognized arguments: {argument}")
+    # Not flags.FLAGS, which all of the process shares and which takes every flag only once.
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[parser.prog, *overrides])
+        unexpected = values([parser.prog, *overrides])[1:]
+    except flags.IllegalFlagValueError as error:
+        match = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.DOTALL)
+        if not match:
+            raise BadInput(f"{parser.prog}: {error}; see {parser.prog} --help.") from error
+        raise BadInput(f"--config.{match[1]}={match[2]} is not {_kind(config, match[1])}; mend the value.") from error
+    except (flags.Error, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise BadInput(f"{parser.prog} {' '.join(overrides)}: {error}; mend the value.") from error
+    if unexpected:
+        raise BadInput(f"{parser.prog} takes no argument {unexpected[0]!r}; see {parser.prog} --help.")
+    return values["config"].value
+
+
+def _check_key(config: ConfigDict, key: str, source: str) -> None:
+    """ml_collections would raise a bare AttributeError or KeyError."""
+    place: Any = config
+    kind: type = ConfigDict
+    # An index such as widths[0] is left to ml_collections.
+    for part in key.partition("[")[0].split("."):
+        if not isinstance(place, ConfigDict) or part not in place:
+            raise BadInput(f"{source} has no key {key!r}{_closest(key, _keys(config))}; mend --config.{key}.")
+        kind, place = place.get_type(part), place[part]
+    if kind is type(None):
+        raise BadInput(f"--config.{key} cannot be set on the command line, being None in {source}; set it there.")
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name in config:
+        yield prefix + name
+        if isinstance(config[name], ConfigDict):
+            yield from _keys(config[name], f"{prefix}{name}.")
+
+
+def _kind(config: ConfigDict, key: str) -> str:
+    holder, _, name = key.rpartition(".")
+    place: Any = config
+    for part in holder.split(".") if holder else ():
+        place = place[part]
+    kind = place.get_type(name)
+    return KINDS.get(kind, f"of type {kind.__name__}")
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), 1, 0.0)
+    return f" (the closest is {found[0]})" if found else ""

@@ -1,0 +1,145 @@
+"""Scores of a method over pairs of subjects, on the grids and at the resolution of their files."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from dilformer_jax.data.preprocessing import load
+from dilformer_jax.data.sources import Pair, Subject
+from dilformer_jax.io.geometry import spacing
+from dilformer_jax.io.volumes import Volume, check_same_grid, open_nifti
+from dilformer_jax.ops import metrics
+from dilformer_jax.registration.pipeline import Predictor, deformation, identity, warp_labels
+
+WORKERS = 2
+RAW = {"normalise": "none"}  # the files' own voxels: a predictor does its preprocessing itself
+DEFINITION = {
+    "displacement": "on the grid of the image files, in voxels, moved(x) = moving(x + u(x)); no affine beforehand",
+    "dice": "2|A∩B| / (|A| + |B|) of each label, the moving label map warped once by nearest neighbour on the grid of "
+    "its file; a pair's value is the mean over its labels",
+    "dice_before": "the same of the unwarped moving label map",
+    "hd95": "95th percentile, in mm, of the distances between surface voxels, both directions pooled (MedPy)",
+    "hd95_max": "the larger of the two directed 95th percentiles, in mm; every surface voxel counts once",
+    "folding_percent": "voxels of the whole volume with Jacobian determinant <= 0, np.gradient's differences, at label "
+    "resolution",
+    "sdlogj": "standard deviation of log(J + 3) without two voxels at each face (Learn2Reg, with its offset of 3)",
+    "seconds": "from two images in memory to the displacement at full resolution, preprocessing included; compilation, "
+    "warping and metrics not",
+    "absent": "a label missing from either input: no value, in no mean",
+    "vanished": "a label of both inputs that warping removed: Dice 0, no surface distance",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """What is scored. `displacement(fixed, moving, names)` is timed; `compile(shape, name)` is called before."""
+
+    name: str
+    displacement: Callable[..., np.ndarray]
+    compile: Callable[..., None]
+    check_shape: Callable[..., None]
+    sha256: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A pair as a method registered it: images, labels where there are any, displacement and the seconds it took."""
+
+    pair: Pair
+    fixed: Volume
+    moving: Volume
+    fixed_labels: Int32[np.ndarray, "D H W"] | None
+    moving_labels: Int32[np.ndarray, "D H W"] | None
+    displacement: Float32[np.ndarray, "D H W 3"]
+    seconds: float
+
+
+def method_of(predictor: Predictor | None) -> Method:
+    """The method that is a network, or that of doing nothing."""
+    if predictor is not None:
+        return Method(
+            predictor.name, predictor.displacement, predictor.compile, predictor.check_shape, predictor.sha256
+        )
+    return Method("identity", lambda fixed, moving, names: identity(fixed, moving), _nothing, _nothing, None)
+
+
+def check(pairs: Sequence[Pair], method: Method) -> None:
+    """Raises BadInput, from the headers alone, where a pair does not share a grid or is too small for the method."""
+    grids = {}
+    for subject in dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)):
+        if subject.image.suffix != ".pkl":  # says nothing but in its whole
+            image = open_nifti(subject.image)
+            # An array that takes no memory: only its shape is looked at.
+            grids[subject] = Volume(
+                np.broadcast_to(np.float32(0), image.shape[:3]), image.affine, subject.image, image.header
+            )
+    for pair in pairs:
+        if pair.fixed in grids and pair.moving in grids:
+            check_same_grid(grids[pair.fixed], grids[pair.moving])
+            method.check_shape(grids[pair.fixed].array.shape, pair.fixed.image)
+
+
+def scores(pairs: Sequence[Pair], labels: Sequence[int], method: Method) -> Iterator[dict[str, Any]]:
+    """A row of results for each pair, as `reporting.tables.write_results` takes them, measured by `DEFINITION`."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for first in range(0, len(pairs), WORKERS):
+            # The clock runs with nothing beside it: displacements first, their measurement in threads after them.
+            cases = [registered(pair, method) for pair in pairs[first : first + WORKERS]]
+            yield from pool.map(lambda case: row(case, labels), cases)
+
+
+def registered(pair: Pair, method: Method) -> Case:
+    """Reads and registers a pair. Raises BadInput as reading and the method do, and where the grids differ."""
+    (fixed, fixed_labels), (moving, moving_labels) = _read(pair.fixed), _read(pair.moving)
+    check_same_grid(fixed, moving)
+    method.compile(fixed.array.shape, fixed.path)
+    start = time.perf_counter()
+    u = method.displacement(fixed.array, moving.array, (fixed.path, moving.path))
+    return Case(pair, fixed, moving, fixed_labels, moving_labels, u, time.perf_counter() - start)
+
+
+def row(case: Case, labels: Sequence[int]) -> dict[str, Any]:
+    """The results of one pair; those of labels only where both subjects have a label map."""
+    found: dict[str, Any] = {
+        "name": case.pair.name,
+        "fixed": case.pair.fixed.name,
+        "moving": case.pair.moving.name,
+        **deformation(case.displacement),
+        "seconds": case.seconds,
+        "absent": [],
+        "vanished": [],
+    }
+    fixed, moving = case.fixed_labels, case.moving_labels
+    if fixed is None or moving is None:
+        return found
+    moved = warp_labels(moving, case.displacement)
+    dice = metrics.dice(fixed, moved, labels, moving)
+    hd95, hd95_max = metrics.hausdorff(fixed, moved, labels, spacing(case.fixed.affine), moving)
+    before = metrics.dice(fixed, moving, labels, moving)
+    for name, values in (("dice_before", before), ("dice", dice), ("hd95", hd95), ("hd95_max", hd95_max)):
+        found[name] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+        found[f"{name}_per_label"] = dict(zip(labels, values.tolist(), strict=True))
+    absent, vanished = np.isnan(dice), np.isnan(hd95) & ~np.isnan(dice)
+    found["absent"] = [label for label, is_so in zip(labels, absent, strict=True) if is_so]
+    found["vanished"] = [label for label, is_so in zip(labels, vanished, strict=True) if is_so]
+    return found
+
+
+def _read(subject: Subject) -> tuple[Volume, np.ndarray | None]:
+    image, labels = load(subject, RAW)  # kept in memory, so that each file is decoded once
+    if subject.image.suffix == ".pkl":
+        affine, header = np.eye(4), nib.nifti1.Nifti1Header()
+    else:
+        nifti = open_nifti(subject.image)
+        affine, header = nifti.affine, nifti.header
+    return Volume(image[..., 0], affine, subject.image, header), labels
+
+
+def _nothing(shape: tuple[int, ...], name: object) -> None:
+    """Doing nothing needs no compilation and takes any shape."""
