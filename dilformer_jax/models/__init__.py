@@ -1,5 +1,7 @@
 """The networks, by name. Each maps (fixed, moving) to a tuple of displacements, finest first."""
 
+from typing import Any
+
 import flax.linen as nn
 
 from dilformer_jax.models.dilformer import DilformerNet
@@ -8,7 +10,7 @@ from dilformer_jax.models.voxelmorph import VoxelMorph
 MODELS: dict[str, type[nn.Module]] = {"dilformer": DilformerNet, "voxelmorph": VoxelMorph}
 
 
-def create(name: str, **options) -> nn.Module:
+def create(name: str, **options: Any) -> nn.Module:
     """The network of this name with these options (lists, as JSON has them, become tuples).
 
     Raises:

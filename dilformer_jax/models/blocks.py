@@ -1,6 +1,8 @@
-"""The blocks of the registration networks: MSR, Dilformer and SRF, and the plain block that each ablation puts in their place.
+"""The blocks of the registration networks: MSR, Dilformer and SRF, and the plain block that each ablation puts in
+their place.
 
-The paper names the blocks and their roles; their inner sizes are ours. Features are (b, d, h, w, c); a block keeps the volume's shape.
+The paper names the blocks and their roles; their inner sizes are ours. Features are (b, d, h, w, c); a block keeps the
+volume's shape.
 """
 
 import math
@@ -30,7 +32,8 @@ def instance_norm(x: Features) -> Features:
 
 
 class Conv(nn.Module):
-    """A convolution of `ops.conv` with its parameters: `kernel` (kd, kh, kw, c, features) and, unless a norm follows, `bias`."""
+    """A convolution of `ops.conv` with its parameters: `kernel` (kd, kh, kw, c, features) and, unless a norm follows,
+    `bias`."""
 
     features: int
     kernel: tuple[int, int, int] = (3, 3, 3)
@@ -64,7 +67,11 @@ class Depthwise(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
-        kernel = self.param("kernel", nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3), (3, 3, 3, x.shape[-1]))
+        kernel = self.param(
+            "kernel",
+            nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3),
+            (3, 3, 3, x.shape[-1]),
+        )
         return convolution.depthwise(x, kernel, dilation=self.dilation)
 
 
@@ -93,13 +100,16 @@ class Residual(nn.Module):
 
 
 class Dilformer(nn.Module):
-    """A transformer block whose queries, keys and values see different ranges: depthwise convolutions at dilations 1, 2 and 3.
+    """A transformer block whose queries, keys and values see different ranges: depthwise convolutions at dilations 1,
+    2 and 3.
 
     Attributes:
-      attention: 'channels' (between the channels of a head, linear in voxels) or 'windows' (between the voxels of a window).
+      attention: 'channels' (between the channels of a head, linear in voxels) or 'windows' (between the voxels of a
+      window).
       heads: attention heads; the features' width is a multiple of it.
       window: voxels of an attention window along each axis.
-      shifted: whether the windows start half a window earlier, so that consecutive blocks exchange across their borders.
+      shifted: whether the windows start half a window earlier, so that consecutive blocks exchange across their
+      borders.
     """
 
     attention: str = "channels"
@@ -134,7 +144,8 @@ class Dilformer(nn.Module):
 
 
 def channel_attention(q: Features, k: Features, v: Features, temperature: Float[Array, "heads 1 1"]) -> Features:
-    """Attention between the channels of each head; queries and keys are normalised over the voxels (Restormer, Zamir et al., CVPR 2022)."""
+    """Attention between the channels of each head; queries and keys are normalised over the voxels (Restormer, Zamir
+    et al., CVPR 2022)."""
     shape = dict(zip("dhw", q.shape[1:4], strict=True))
     q, k, v = (rearrange(a, "b d h w (heads c) -> b heads (d h w) c", heads=len(temperature)) for a in (q, k, v))
     unit = lambda a: a * jax.lax.rsqrt(jnp.square(a).sum(axis=2, keepdims=True) + 1e-6)
@@ -144,11 +155,18 @@ def channel_attention(q: Features, k: Features, v: Features, temperature: Float[
 
 
 def window_attention(
-    q: Features, k: Features, v: Features, bias: Float[Array, "positions heads"], window: tuple[int, int, int], shifted: bool
+    q: Features,
+    k: Features,
+    v: Features,
+    bias: Float[Array, "positions heads"],
+    window: tuple[int, int, int],
+    shifted: bool,
 ) -> Features:
-    """Attention between the voxels of each window, with a learnt bias for each relative position (Swin, Liu et al., ICCV 2021).
+    """Attention between the voxels of each window, with a learnt bias for each relative position (Swin, Liu et al.,
+    ICCV 2021).
 
-    The volume is padded to whole windows and the padding masked, so that a shift is a padding in front and nothing wraps around.
+    The volume is padded to whole windows and the padding masked, so that a shift is a padding in front and nothing
+    wraps around.
     """
     volume, heads = q.shape[1:4], bias.shape[1]
     front = [size // 2 if shifted else 0 for size in window]
@@ -158,14 +176,19 @@ def window_attention(
     pattern = "(d wd) (e we) (f wf)"
     sizes = dict(zip(("wd", "we", "wf"), window, strict=True))
     cut = lambda a: rearrange(
-        jnp.pad(a, ((0, 0), *padding, (0, 0))), f"b {pattern} (heads c) -> (b d e f) heads (wd we wf) c", heads=heads, **sizes
+        jnp.pad(a, ((0, 0), *padding, (0, 0))),
+        f"b {pattern} (heads c) -> (b d e f) heads (wd we wf) c",
+        heads=heads,
+        **sizes,
     )
     inside = rearrange(jnp.pad(jnp.ones(volume, bool), padding), f"{pattern} -> (d e f) 1 1 (wd we wf)", **sizes)
     place = jnp.stack(jnp.meshgrid(*(jnp.arange(size) for size in window), indexing="ij"), axis=-1).reshape(-1, 3)
     offset = place[:, None] - place[None] + jnp.array(window) - 1
     relative = (offset[..., 0] * (2 * window[1] - 1) + offset[..., 1]) * (2 * window[2] - 1) + offset[..., 2]
     q, k, windows = cut(q), cut(k), cut(v)
-    scores = jnp.einsum("nhqc,nhkc->nhqk", q, k) / math.sqrt(q.shape[-1]) + rearrange(bias[relative], "q k heads -> heads q k")
+    scores = jnp.einsum("nhqc,nhkc->nhqk", q, k) / math.sqrt(q.shape[-1]) + rearrange(
+        bias[relative], "q k heads -> heads q k"
+    )
     scores = jnp.where(jnp.tile(inside, (v.shape[0], 1, 1, 1)), scores, -1e9)
     y = jnp.einsum("nhqk,nhkc->nhqc", nn.softmax(scores, axis=-1), windows)
     y = rearrange(y, f"(b d e f) heads (wd we wf) c -> b {pattern} (heads c)", **counts, **sizes)
@@ -173,7 +196,8 @@ def window_attention(
 
 
 class SRF(nn.Module):
-    """Separable residual fusion: a 1³ to the level's width, then two rounds of factorised 3³ convolutions and a residual."""
+    """Separable residual fusion: a 1³ to the level's width, then two rounds of factorised 3³ convolutions and a
+    residual."""
 
     features: int
 

@@ -1,6 +1,8 @@
-"""DilformerNet: the dual-stream pyramid that registers a pair from coarse to fine (Peng et al., J. Zhejiang Univ. (Eng. Sci.) 2026, 60(5):1082).
+"""DilformerNet: the dual-stream pyramid that registers a pair from coarse to fine (Peng et al., J. Zhejiang Univ.
+(Eng. Sci.) 2026, 60(5):1082).
 
-From the paper: two streams through one pyramid of MSR blocks, Dilformer blocks at the low resolutions, SRF blocks before each displacement, a multi-resolution
+From the paper: two streams through one pyramid of MSR blocks, Dilformer blocks at the low resolutions, SRF blocks
+before each displacement, a multi-resolution
 loss. The inner sizes, and every option, are ours.
 """
 
@@ -49,7 +51,9 @@ class Encoder(nn.Module):
                         x = Residual(name=f"plain_attention{level}_{block}")(x)
                     else:
                         shifted = block % 2 == 1
-                        x = Dilformer(self.attention, self.heads, self.window, shifted, name=f"dilformer{level}_{block}")(x)
+                        x = Dilformer(
+                            self.attention, self.heads, self.window, shifted, name=f"dilformer{level}_{block}"
+                        )(x)
             pyramid.append(x)
         return pyramid
 
@@ -70,7 +74,8 @@ class DilformerNet(nn.Module):
       diffeomorphic: whether each level's output is a velocity, integrated by scaling and squaring.
       separate_encoders: whether the two streams have weights of their own.
       msr: False puts a plain residual block in MSR's place.
-      dilformer: 'streams' (in the encoder), 'fused' (on the fused features of the decoder), or 'plain' (a residual block in its place).
+      dilformer: 'streams' (in the encoder), 'fused' (on the fused features of the decoder), or 'plain' (a residual
+      block in its place).
       srf: False puts dense convolutions in SRF's place.
       attention: 'channels' or 'windows'.
       heads, window: of the attention.
@@ -100,7 +105,8 @@ class DilformerNet(nn.Module):
     ) -> tuple[Array, ...]:
         """Displacements of each level in its own voxels, (b, d / 2^l, h / 2^l, w / 2^l, 3), finest first.
 
-        With `both`, one encoding serves both directions: the batch is 2b long, 2i registers moving i to fixed i and 2i + 1 fixed i to moving i.
+        With `both`, one encoding serves both directions: the batch is 2b long, 2i registers moving i to fixed i and 2i
+        + 1 fixed i to moving i.
 
         Raises:
           ValueError: an axis that is not a multiple of `downsampling`, or an unknown option.
@@ -108,15 +114,18 @@ class DilformerNet(nn.Module):
         if self.dilformer not in ("streams", "fused", "plain"):
             raise ValueError(f"DilformerNet's dilformer is 'streams', 'fused' or 'plain', got {self.dilformer!r}.")
         if any(size % self.downsampling for size in fixed.shape[1:4]):
-            raise ValueError(f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}.")
+            raise ValueError(
+                f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}."
+            )
         fixed_pyramid, moving_pyramid = self._encode(fixed, moving, both)
         warp = SpatialTransformer()
         displacements: list[Array] = []
-        x = u = None
+        x: Array | None = None
+        u: Array | None = None
         for level in reversed(range(self.levels)):
             f, m = fixed_pyramid[level], moving_pyramid[level]
             width = f.shape[-1]
-            if x is not None:
+            if x is not None and u is not None:
                 # To the level's width before the enlargement, where it costs an eighth.
                 x = spatial.resize(Conv(width, (1, 1, 1), name=f"up{level}")(x), f.shape[1:4])
                 u = spatial.resize_displacement(u, f.shape[1:4])
@@ -128,21 +137,37 @@ class DilformerNet(nn.Module):
                 x = fuse(jnp.concatenate([f, seen, below], axis=-1))
                 if self.dilformer == "fused" and recursion == 0:
                     for block in range(dilformer_blocks(level, self.levels)):
-                        x = Dilformer(self.attention, self.heads, self.window, block % 2 == 1, name=f"dilformer{level}_{block}")(x)
+                        x = Dilformer(
+                            self.attention, self.heads, self.window, block % 2 == 1, name=f"dilformer{level}_{block}"
+                        )(x)
                 below, w = x, head(x)
                 if self.diffeomorphic:
                     w = spatial.integrate(w)
                 u = w if u is None else spatial.compose(u, w)
+            assert u is not None
             displacements.append(u)
         return tuple(reversed(displacements))
 
     def _encode(self, fixed, moving, both):
-        options = (self.width, self.levels, self.finest, self.msr, self.dilformer, self.attention, self.heads, self.window)
+        options = (
+            self.width,
+            self.levels,
+            self.finest,
+            self.msr,
+            self.dilformer,
+            self.attention,
+            self.heads,
+            self.window,
+        )
         b = fixed.shape[0]
-        # Pairs are stacked beside each other, not one stream behind the other, so that a batch split over devices stays where it is.
+        # Pairs are stacked beside each other, not one stream behind the other, so that a batch split over devices
+        # stays where it is.
         stack = lambda first, second: jnp.stack([first, second], axis=1).reshape(2 * b, *fixed.shape[1:])
         if self.separate_encoders:
-            encode_fixed, encode_moving = Encoder(*options, name="fixed_encoder"), Encoder(*options, name="moving_encoder")
+            encode_fixed, encode_moving = (
+                Encoder(*options, name="fixed_encoder"),
+                Encoder(*options, name="moving_encoder"),
+            )
             if both:
                 return encode_fixed(stack(fixed, moving)), encode_moving(stack(moving, fixed))
             return encode_fixed(fixed), encode_moving(moving)

@@ -1,4 +1,5 @@
-"""VoxelMorph-2 (Balakrishnan et al., IEEE TMI 2019): a U-Net on the concatenated pair, one displacement at full resolution."""
+"""VoxelMorph-2 (Balakrishnan et al., IEEE TMI 2019): a U-Net on the concatenated pair, one displacement at full
+resolution."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from dilformer_jax.models.blocks import Conv, Head
 class VoxelMorph(nn.Module):
     """Fixed and moving images (b, d, h, w, 1) to a displacement, as a tuple of one.
 
-    The defaults are VoxelMorph-2 as in the TransMorph benchmark: strided 3³ convolutions down, nearest-neighbour enlargement and skips up, LeakyReLU 0.2, no norm.
+    The defaults are VoxelMorph-2 as in the TransMorph benchmark: strided 3³ convolutions down, nearest-neighbour
+    enlargement and skips up, LeakyReLU 0.2, no norm.
     301,411 parameters.
 
     Attributes:
@@ -38,7 +40,9 @@ class VoxelMorph(nn.Module):
           ValueError: an axis that is not a multiple of `downsampling`.
         """
         if any(size % self.downsampling for size in fixed.shape[1:4]):
-            raise ValueError(f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}.")
+            raise ValueError(
+                f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}."
+            )
         if both:
             stack = lambda first, second: jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
             fixed, moving = stack(fixed, moving), stack(moving, fixed)

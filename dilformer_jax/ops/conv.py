@@ -1,8 +1,10 @@
 """3-D convolutions, channels-last, each lowered as its platform likes it.
 
-A program is lowered for the platform it runs on by `jax.lax.platform_dependent`: GPU and TPU get XLA's native 3-D convolution,
+A program is lowered for the platform it runs on by `jax.lax.platform_dependent`: GPU and TPU get XLA's native 3-D
+convolution,
 the CPU gets sums of 2-D convolutions, shifted slices and matrix products, which are several times faster there
-(`experiments/benchmark.py` measures both). Forward and gradient rules choose separately, so that one traced function, or one
+(`experiments/benchmark.py` measures both). Forward and gradient rules choose separately, so that one traced function,
+or one
 exported artefact, serves every platform.
 """
 
@@ -23,8 +25,10 @@ def conv(
 ) -> Float[Array, "b e f g o"]:
     """Dense or axis-wise convolution, zero-padded, centred on the voxels of the result.
 
-    With stride 1 the kernel sizes are odd and the result has the shape of `x`. With stride 2 voxel i of the result lies between
-    voxels 2i and 2i+1 of `x`, as in the image pyramid, when the kernel size is even (2 or 4), and on voxel 2i when it is 3 (as
+    With stride 1 the kernel sizes are odd and the result has the shape of `x`. With stride 2 voxel i of the result
+    lies between
+    voxels 2i and 2i+1 of `x`, as in the image pyramid, when the kernel size is even (2 or 4), and on voxel 2i when it
+    is 3 (as
     VoxelMorph has it); every spatial axis of `x` must then be even.
 
     Raises:
@@ -36,7 +40,9 @@ def conv(
             raise ValueError(f"A convolution of stride 1 needs odd kernel sizes, got {sizes}.")
         return _conv(x, kernel, dilation)
     if stride != 2 or dilation != 1:
-        raise ValueError(f"Convolutions have stride 1, or stride 2 without dilation; got stride {stride}, dilation {dilation}.")
+        raise ValueError(
+            f"Convolutions have stride 1, or stride 2 without dilation; got stride {stride}, dilation {dilation}."
+        )
     if set(sizes) not in ({2}, {3}, {4}):
         raise ValueError(f"A convolution of stride 2 needs a kernel of 2, 3 or 4 voxels along each axis, got {sizes}.")
     if any(size % 2 for size in x.shape[1:4]):
@@ -63,7 +69,10 @@ def depthwise(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x, kernel, dilation):
     return lax.platform_dependent(
-        x, kernel, cpu=functools.partial(_sliced, dilation=dilation), default=functools.partial(_native, dilation=dilation)
+        x,
+        kernel,
+        cpu=functools.partial(_sliced, dilation=dilation),
+        default=functools.partial(_native, dilation=dilation),
     )
 
 
@@ -88,7 +97,9 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 def _native(x, kernel, dilation):
     padding = [(dilation * (size // 2),) * 2 for size in kernel.shape[:3]]
-    return lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, rhs_dilation=(dilation,) * 3, dimension_numbers=LAYOUT_3D)
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1, 1), padding, rhs_dilation=(dilation,) * 3, dimension_numbers=LAYOUT_3D
+    )
 
 
 def _plane_conv(x, kernel, dilation=1):
@@ -98,7 +109,8 @@ def _plane_conv(x, kernel, dilation=1):
     if dilation == 1 or kernel.shape[:2] == (1, 1):
         y = lax.conv_general_dilated(x.reshape(b * d, h, w, c), kernel, (1, 1), padding, dimension_numbers=LAYOUT_2D)
         return y.reshape(b, d, h, w, -1)
-    # XLA's dilated convolution is slow on the CPU: each residue class of rows and columns is a dense convolution of its own.
+    # XLA's dilated convolution is slow on the CPU: each residue class of rows and columns is a dense convolution of
+    # its own.
     up = lambda n: -(-n // dilation) * dilation
     x = jnp.pad(x, ((0, 0), (0, 0), (0, up(h) - h), (0, up(w) - w), (0, 0)))
     x = x.reshape(b, d, up(h) // dilation, dilation, up(w) // dilation, dilation, c)
@@ -131,7 +143,10 @@ def _kernel_gradient(x, gradient, kernel, dilation):
     offsets = [lax.slice_in_dim(x, i * dilation, i * dilation + d, axis=1) for i in range(kd)]
     if kh == kw == 1:
         return jnp.stack([jnp.einsum("bdhwc,bdhwo->co", offset, gradient) for offset in offsets])[:, None, None]
-    planes = [jax.vjp(functools.partial(_plane_conv, offset, dilation=dilation), kernel[0])[1](gradient)[0] for offset in offsets]
+    planes = [
+        jax.vjp(functools.partial(_plane_conv, offset, dilation=dilation), kernel[0])[1](gradient)[0]
+        for offset in offsets
+    ]
     return jnp.stack(planes)
 
 
@@ -144,7 +159,8 @@ def _halving_conv(x, kernel):
         padding = {2: (0, 0), 3: (1, 0), 4: (1, 1)}[size]
         return lax.conv_general_dilated(x, kernel, (2, 2, 2), (padding,) * 3, dimension_numbers=LAYOUT_3D)
 
-    # The two forms differentiate through one rule each; the packed form is stride-free, so its gradients are fast as well.
+    # The two forms differentiate through one rule each; the packed form is stride-free, so its gradients are fast as
+    # well.
     @jax.custom_vjp
     def halving(x, kernel):
         return lax.platform_dependent(x, kernel, cpu=_packed, default=native)
@@ -168,7 +184,8 @@ def _packed(x, kernel):
     size, o = kernel.shape[0], kernel.shape[-1]
     if size == 2:
         return x @ kernel.reshape(8 * c, o)
-    # Taps start at voxel 2i-1, the second of the cube before; the cubes before, at and (size 4) after are the dense kernel's taps.
+    # Taps start at voxel 2i-1, the second of the cube before; the cubes before, at and (size 4) after are the dense
+    # kernel's taps.
     kernel = jnp.pad(kernel, ((1, 4 - size + 1),) * 3 + ((0, 0), (0, 0)))
     kernel = kernel.reshape(3, 2, 3, 2, 3, 2, c, o)
     kernel = jnp.moveaxis(kernel, (1, 3, 5), (3, 4, 5)).reshape(3, 3, 3, 8 * c, o)
@@ -181,7 +198,10 @@ def _packed(x, kernel):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise(x, kernel, dilation):
     return lax.platform_dependent(
-        x, kernel, cpu=functools.partial(_shifted, dilation=dilation), default=functools.partial(_grouped, dilation=dilation)
+        x,
+        kernel,
+        cpu=functools.partial(_shifted, dilation=dilation),
+        default=functools.partial(_grouped, dilation=dilation),
     )
 
 
@@ -198,7 +218,8 @@ def _depthwise_backward(dilation, saved, gradient):
         ones = jnp.ones((1, gradient.size // gradient.shape[-1]), gradient.dtype)
         window = _tap_windows(x, kernel.shape, dilation)
         to_kernel = lax.map(
-            lambda tap: (ones @ (window(tap) * gradient).reshape(ones.size, -1))[0], jnp.arange(math.prod(kernel.shape[:3]))
+            lambda tap: (ones @ (window(tap) * gradient).reshape(ones.size, -1))[0],
+            jnp.arange(math.prod(kernel.shape[:3])),
         )
         return _shifted(gradient, kernel[::-1, ::-1, ::-1], dilation=dilation), to_kernel.reshape(kernel.shape)
 
@@ -211,7 +232,12 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 def _grouped(x, kernel, dilation):
     padding = [(dilation * (size // 2),) * 2 for size in kernel.shape[:3]]
     return lax.conv_general_dilated(
-        x, kernel[..., None, :], (1, 1, 1), padding, rhs_dilation=(dilation,) * 3, dimension_numbers=LAYOUT_3D,
+        x,
+        kernel[..., None, :],
+        (1, 1, 1),
+        padding,
+        rhs_dilation=(dilation,) * 3,
+        dimension_numbers=LAYOUT_3D,
         feature_group_count=x.shape[-1],
     )
 
@@ -229,7 +255,8 @@ def _tap_windows(x, kernel_shape, dilation):
 
 
 def _shifted(x, kernel, dilation):
-    """The CPU's form: the sum of shifted windows times the channels' weights; rolled, since 27 unrolled terms compile slowly."""
+    """The CPU's form: the sum of shifted windows times the channels' weights; rolled, since 27 unrolled terms compile
+    slowly."""
     window = _tap_windows(x, kernel.shape, dilation)
     weights = kernel.reshape(-1, kernel.shape[-1])
     return lax.fori_loop(0, len(weights), lambda tap, y: y + window(tap) * weights[tap], jnp.zeros_like(x))

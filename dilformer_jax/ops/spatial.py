@@ -1,6 +1,7 @@
 """Grids, warps and displacements.
 
-The convention, once: a displacement `u` of shape (*b, D, H, W, 3) is float32, in voxels of the grid it lives on, component a along array
+The convention, once: a displacement `u` of shape (*b, D, H, W, 3) is float32, in voxels of the grid it lives on,
+component a along array
 axis a, and `moved(x) = moving(x + u(x))`. Every function takes any number of leading batch axes.
 """
 
@@ -11,28 +12,31 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy import ndimage
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 
-def grid(shape: tuple[int, int, int]) -> Float[Array, "d h w 3"]:
+def grid(shape: tuple[int, ...]) -> Float[Array, "d h w 3"]:
     """The voxel coordinates of a volume of this shape."""
     axes = [jnp.arange(size, dtype=jnp.float32) for size in shape]
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
 
 
 def warp(
-    image: Float[Array, "*b d h w c"],
+    image: Num[Array, "*b d h w c"],
     displacement: Float[Array, "*b e f g 3"],
     *,
     order: int = 1,
     padding: str = "border",
     engine: str = "gather",
-) -> Float[Array, "*b e f g c"]:
+) -> Num[Array, "*b e f g c"]:
     """The image sampled at x + displacement(x), on the displacement's grid.
 
-    With order 1 (trilinear) it equals `map_coordinates` and PyTorch's `grid_sample(align_corners=True)`; with order 0 it takes the nearest
-    voxel. Outside the volume lies its border value, or zero with a linear ramp of one voxel for padding 'zeros'. The gradient to the
-    displacement at a voxel centre is the slope towards the next voxel, and at the last face the slope from the one before it, so that the
+    With order 1 (trilinear) it equals `map_coordinates` and PyTorch's `grid_sample(align_corners=True)`; with order 0
+    it takes the nearest
+    voxel. Outside the volume lies its border value, or zero with a linear ramp of one voxel for padding 'zeros'. The
+    gradient to the
+    displacement at a voxel centre is the slope towards the next voxel, and at the last face the slope from the one
+    before it, so that the
     identity gives training a usable gradient everywhere.
 
     Raises:
@@ -75,7 +79,8 @@ def _gather(images, coordinates, order, padding):
 
 
 def _voxels(images):
-    """The batch as one long list of voxels: gathers and scatters batched by `vmap` are several times slower on the CPU."""
+    """The batch as one long list of voxels: gathers and scatters batched by `vmap` are several times slower on the
+    CPU."""
     return images.reshape(-1, images.shape[-1])
 
 
@@ -87,13 +92,16 @@ def _index(voxel, shape):
 
 
 def _corners(coordinates, shape):
-    """The list indices of the eight voxels around each point, (b, e, f, g, 8), and the point's place between them, (b, e, f, g, 3)."""
+    """The list indices of the eight voxels around each point, (b, e, f, g, 8), and the point's place between them, (b,
+    e, f, g, 3)."""
     last = jnp.asarray([size - 1.0 for size in shape[1:4]], coordinates.dtype)
     # At most the last voxel but one, so that the last face interpolates backwards instead of reading beyond it.
     low = jnp.clip(jnp.floor(coordinates), 0, jnp.maximum(last - 1, 0))
     # An axis of one voxel has no second corner; its weight is zero.
     strides = [math.prod(shape[a + 2 : 4]) if shape[a + 1] > 1 else 0 for a in range(3)]
-    steps = jnp.asarray([sum(stride * bit for stride, bit in zip(strides, bits, strict=True)) for bits in CORNERS], jnp.int32)
+    steps = jnp.asarray(
+        [sum(stride * bit for stride, bit in zip(strides, bits, strict=True)) for bits in CORNERS], jnp.int32
+    )
     return _index(low.astype(jnp.int32), shape)[..., None] + steps, coordinates - low
 
 
@@ -112,7 +120,8 @@ CORNERS = tuple(itertools.product((0, 1), repeat=3))
 def _trilinear(images, coordinates):
     """Images (b, d, h, w, c) at coordinates (b, e, f, g, 3) inside the volume.
 
-    The gradient rule gathers the corners anew instead of keeping eight copies of the image, and is three times faster than the derived one on the CPU.
+    The gradient rule gathers the corners anew instead of keeping eight copies of the image, and is three times faster
+    than the derived one on the CPU.
     """
     index, fraction = _corners(coordinates, images.shape)
     voxels = _voxels(images)
@@ -135,7 +144,9 @@ def _trilinear_backward(saved, gradient):
         to_voxels = to_voxels.at[index[..., corner].ravel()].add(_voxels(share), mode="promise_in_bounds")
     values = _voxels(images).at[index].get(mode="promise_in_bounds")
     along = jnp.einsum("befgkc,befgc->befgk", values, gradient, precision=lax.Precision.HIGHEST)
-    slopes = [sum(along[..., k] * _weights(fraction, bits, axis) for k, bits in enumerate(CORNERS)) for axis in range(3)]
+    slopes = [
+        sum(along[..., k] * _weights(fraction, bits, axis) for k, bits in enumerate(CORNERS)) for axis in range(3)
+    ]
     return to_voxels.reshape(images.shape), jnp.stack(slopes, axis=-1)
 
 
@@ -143,12 +154,14 @@ _trilinear.defvjp(_trilinear_forward, _trilinear_backward)
 
 
 def compose(u: Float[Array, "*b d h w 3"], w: Float[Array, "*b d h w 3"]) -> Float[Array, "*b d h w 3"]:
-    """The displacement of "w first on the fixed grid, then u": u(x + w(x)) + w(x), continued past the faces by its border value."""
+    """The displacement of "w first on the fixed grid, then u": u(x + w(x)) + w(x), continued past the faces by its
+    border value."""
     return warp(u, w) + w
 
 
 def integrate(velocity: Float[Array, "*b d h w 3"], steps: int = 7) -> Float[Array, "*b d h w 3"]:
-    """The displacement that a stationary velocity reaches in unit time, by scaling and squaring (Arsigny et al., MICCAI 2006).
+    """The displacement that a stationary velocity reaches in unit time, by scaling and squaring (Arsigny et al.,
+    MICCAI 2006).
 
     `velocity` is in voxels per unit time. The loop is rolled: unrolled, it compiles ten times more slowly.
     """
@@ -156,11 +169,13 @@ def integrate(velocity: Float[Array, "*b d h w 3"], steps: int = 7) -> Float[Arr
 
 
 def resize(
-    x: Float[Array, "*b d h w c"], shape: tuple[int, int, int], *, align_corners: bool = False
+    x: Float[Array, "*b d h w c"], shape: tuple[int, ...], *, align_corners: bool = False
 ) -> Float[Array, "*b e f g c"]:
-    """Trilinear resampling to a shape, as PyTorch's `interpolate(mode='trilinear')` in either corner convention (no antialiasing).
+    """Trilinear resampling to a shape, as PyTorch's `interpolate(mode='trilinear')` in either corner convention (no
+    antialiasing).
 
-    Half-pixel by default: both grids cover the same box. With `align_corners` the first and the last voxels coincide instead. One matrix
+    Half-pixel by default: both grids cover the same box. With `align_corners` the first and the last voxels coincide
+    instead. One matrix
     product an axis; resizing by gathers is slow on TPU.
     """
     for axis, size in zip((-4, -3, -2), shape, strict=True):
@@ -172,18 +187,17 @@ def resize(
 
 def _resize_weights(source: int, target: int, align_corners: bool) -> Float[Array, "target source"]:
     index = jnp.arange(target, dtype=jnp.float32)
-    if align_corners:
-        position = index * ((source - 1) / max(target - 1, 1))
-    else:
-        position = (index + 0.5) * (source / target) - 0.5
+    cornered = index * ((source - 1) / max(target - 1, 1))
+    position = cornered if align_corners else (index + 0.5) * (source / target) - 0.5
     position = jnp.clip(position, 0, source - 1)
     return jnp.maximum(0.0, 1.0 - jnp.abs(position[:, None] - jnp.arange(source, dtype=jnp.float32)))
 
 
 def resize_displacement(
-    u: Float[Array, "*b d h w 3"], shape: tuple[int, int, int], *, align_corners: bool = False
+    u: Float[Array, "*b d h w 3"], shape: tuple[int, ...], *, align_corners: bool = False
 ) -> Float[Array, "*b e f g 3"]:
-    """A displacement on another grid over the same box, its vectors in voxels of that grid: `2 * resize(u)` going up one level."""
+    """A displacement on another grid over the same box, its vectors in voxels of that grid: `2 * resize(u)` going up
+    one level."""
     span = [(s - 1, t - 1) if align_corners else (s, t) for s, t in zip(u.shape[-4:-1], shape, strict=True)]
     scale = jnp.asarray([target / source for source, target in span], u.dtype)
     return resize(u, shape, align_corners=align_corners) * scale
@@ -203,7 +217,13 @@ def average(x: Float[Array, "*b d h w c"]) -> Float[Array, "*b e f g c"]:
 
 def jacobian_determinant(u: Float[Array, "*b d h w 3"]) -> Float[Array, "*b d h w"]:
     """det(I + du/dx): central differences inside, one-sided at the faces, as `numpy.gradient` has it."""
-    rows = [jnp.gradient(u, axis=axis) for axis in (-4, -3, -2)]
+    rows = [_difference(u, axis) for axis in (-4, -3, -2)]
     j = jnp.stack(rows, axis=-1) + jnp.eye(3, dtype=u.dtype)
     a, b, c = j[..., 0, :], j[..., 1, :], j[..., 2, :]
     return (a * jnp.cross(b, c)).sum(-1)
+
+
+def _difference(x: Array, axis: int) -> Array:
+    derivative = jnp.gradient(x, axis=axis)
+    assert isinstance(derivative, jax.Array)  # a list only where several axes are asked for
+    return derivative

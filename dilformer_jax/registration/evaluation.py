@@ -131,6 +131,16 @@ def row(case: Case, labels: Sequence[int]) -> dict[str, Any]:
     return found
 
 
+def overlap(case: Case, labels: Sequence[int]) -> dict[str, float]:
+    """A pair's mean Dice of the identity and of the displacement, all that training asks for; empty without labels."""
+    if case.fixed_labels is None or case.moving_labels is None:
+        return {}
+    moved = warp_labels(case.moving_labels, case.displacement)
+    before = metrics.dice(case.fixed_labels, case.moving_labels, labels)
+    after = metrics.dice(case.fixed_labels, moved, labels, case.moving_labels)
+    return {"dice_identity": float(np.nanmean(before)), "dice": float(np.nanmean(after))}
+
+
 def _read(subject: Subject) -> tuple[Volume, np.ndarray | None]:
     image, labels = load(subject, RAW)  # kept in memory, so that each file is decoded once
     if subject.image.suffix == ".pkl":

@@ -1,0 +1,221 @@
+"""Trains a registration network: `python -m dilformer_jax.train --config configs/demo.py --workdir runs/demo`."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict  # type: ignore[import-untyped]
+
+from dilformer_jax import cli, models
+from dilformer_jax.data import pipeline, sources
+from dilformer_jax.io.volumes import BadInput, replacing
+from dilformer_jax.ops import metrics
+from dilformer_jax.registration import evaluation
+from dilformer_jax.registration.pipeline import Predictor, keywords
+from dilformer_jax.reporting import figures
+from dilformer_jax.training import checkpoint, logs, parallel, state
+
+# What may change between two starts of one run: where the data lie and how they are read, not what is computed.
+CHANGEABLE = ("data.directory", "data.cache", "data.workers")
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Trains what the configuration says, in WORKDIR; started again, it goes on from the last checkpoint."""
+    # --- Devices and configuration ---
+    parallel.initialise()
+    first = jax.process_index() == 0
+    mesh = parallel.mesh()
+    replicated, sharded = parallel.shardings(mesh)
+    batch_size = config.batch_size or jax.device_count()
+    _check(config, batch_size)
+
+    # --- Data ---
+    dataset = sources.DATASETS[config.data.name](Path(config.data.directory), **keywords(config.data.options.to_dict()))
+    preprocessing, cache = config.data.preprocessing.to_dict(), config.data.cache
+    pairs = sources.split(dataset, "train")
+    held_out = _spread(sources.split(dataset, "validation"), config.validation_pairs)
+    shape = pipeline.common_shape(pairs, preprocessing, cache=cache)
+
+    # --- Network, optimiser, step ---
+    try:
+        module = models.create(config.model.name, **keywords(config.model.options.to_dict()))
+    except ValueError as error:
+        raise BadInput(f"config.model: {error}") from error
+    if any(size % module.downsampling for size in shape):
+        raise BadInput(
+            f"The images of {config.data.directory} reach the network as {shape} voxels "
+            f"and {config.model.name} needs multiples of {module.downsampling}; "
+            "set data.preprocessing.crop_to, or fewer levels."
+        )
+    transformation = state.optimiser(total_steps=config.total_steps, **config.optimiser.to_dict())
+    now = jax.device_put(state.initial(module, transformation, config.seed), replicated)
+    step_once = state.step_function(
+        module,
+        transformation,
+        config.loss.to_dict(),
+        bidirectional=config.bidirectional,
+        shardings=(replicated, sharded),
+    )
+    predictor = Predictor(module, now.params, preprocessing, config.model.name, "")
+
+    with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
+        # --- Resume: the restored state, and the log as it was at that step ---
+        done = checkpoints.latest_step()
+        _write_config(config, workdir, resuming=done is not None, writing=first)
+        log = logs.MetricLog(workdir, writing=first)
+        log.cut(-1 if done is None else done)
+        if done is not None:
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), now)
+            now = checkpoints.restore(abstract)
+        start = done or 0
+
+        with (
+            logs.Progress(config.total_steps, step=start, showing=first) as progress,
+            pipeline.batches(
+                pairs, preprocessing, batch_size=batch_size, seed=config.seed, start_step=start,
+                workers=config.data.workers,
+                flips=config.data.flips, cache=cache, process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ) as batches,
+        ):  # fmt: skip
+            parameters = sum(x.size for x in jax.tree.leaves(now.params))
+            progress.print(
+                f"{parallel.describe()}, {config.model.name} with {parameters:,} parameters, "
+                f"{len(pairs)} training pairs"
+            )
+            progress.print(
+                f"from step {start} of {config.total_steps}, global batch {batch_size}, network input {shape}"
+            )
+            if done is None:
+                scores = _validate(predictor, now.params, held_out, dataset.labels)
+                log.write(0, **scores)
+                progress.print(_sentence(0, scores))
+
+            # --- The loop: step, check, log, validate, checkpoint; in this order, so that a resumed log is the same
+            # log ---
+            seen: list[dict[str, float]] = []
+            clock = time.monotonic()
+            for step in range(start + 1, config.total_steps + 1):
+                batch = next(batches)
+                images = {name: batch[name] for name in ("fixed", "moving")}
+                now, measured = step_once(now, parallel.to_devices(images, sharded))
+                seen.append({name: float(value) for name, value in jax.device_get(measured).items()})
+                if not math.isfinite(seen[-1]["loss"]):
+                    names = ", ".join(pairs[index].name for index in batch["index"])
+                    raise BadInput(
+                        f"The loss is {seen[-1]['loss']} at step {step}, on {names}; look at these images, "
+                        f"or lower optimiser.learning_rate ({config.optimiser.learning_rate}), then start "
+                        "again from the last checkpoint."
+                    )
+                last = step == config.total_steps
+                if step % config.log_every == 0 or last:
+                    means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
+                    log.write(step, **means)
+                    log.timing(step, seconds=time.monotonic() - clock)
+                    progress.update(step, loss=means["loss"])
+                    seen = []
+                scores = {}
+                if step % config.validate_every == 0 or last:
+                    scores = _validate(predictor, now.params, held_out, dataset.labels) | {
+                        "regulariser_share": means["regulariser_share"]
+                    }
+                    log.write(step, **scores)
+                    progress.update(step, dice=scores.get("dice"))
+                    progress.print(_sentence(step, scores))
+                if step % config.checkpoint_every == 0 or scores:
+                    checkpoints.save(step, now, scores.get("dice"), force=last)
+
+    if first and importlib.util.find_spec("matplotlib"):
+        (workdir / "figures").mkdir(exist_ok=True)
+        figures.save(workdir / "figures" / "training.png", figures.training(logs.read(workdir / logs.METRICS)))
+
+
+def _check(config: ConfigDict, batch_size: int) -> None:
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise BadInput(
+            f"batch_size {batch_size} does not divide among {devices} devices; "
+            "make it a multiple, or 0 for one pair each."
+        )
+    if config.data.name not in sources.DATASETS:
+        raise BadInput(f"config.data.name is {config.data.name!r}; give one of {', '.join(sources.DATASETS)}.")
+    for name in ("validate_every", "checkpoint_every"):
+        # A log line is a mean since the line before; it could not be made again from a checkpoint amid it.
+        if config[name] % config.log_every:
+            raise BadInput(
+                f"{name} is {config[name]} and log_every {config.log_every}; make it a multiple of log_every."
+            )
+
+
+def _spread(pairs: tuple[sources.Pair, ...], count: int) -> list[sources.Pair]:
+    """`count` of the pairs (all of them for 0), evenly spread so that every subject has its turn."""
+    count = min(count or len(pairs), len(pairs))
+    return [pairs[index * len(pairs) // count] for index in range(count)]
+
+
+def _validate(
+    predictor: Predictor, params: Any, pairs: list[sources.Pair], labels: tuple[int, ...]
+) -> dict[str, float]:
+    """Means over the pairs, at the resolution of the files: Dice before and now, folding, and how far the displacement
+    reaches."""
+    method = evaluation.method_of(dataclasses.replace(predictor, params=jax.device_get(params)))
+    rows = []
+    for pair in pairs:
+        case = evaluation.registered(pair, method)
+        length = np.linalg.norm(case.displacement, axis=-1)
+        row = {
+            "displacement_p95": float(np.percentile(length, 95)),
+            "folding_percent": metrics.folding_percent(case.displacement),
+        }
+        rows.append(row | evaluation.overlap(case, labels))
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def _sentence(step: int, scores: dict[str, float]) -> str:
+    shown = [f"{scores['dice']:.4f} Dice (identity {scores['dice_identity']:.4f})"] if "dice" in scores else []
+    shown += [f"|u| p95 {scores['displacement_p95']:.2f} voxels", f"folding {scores['folding_percent']:.4f} %"]
+    if "regulariser_share" in scores:
+        shown.append(f"regulariser {100 * scores['regulariser_share']:.0f} % of the loss")
+        if scores["displacement_p95"] < 0.05:
+            shown.append("the network still gives the identity: lower loss.regulariser_weight, or look at the images")
+    return f"validation at step {step}: {', '.join(shown)}"
+
+
+def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing: bool) -> None:
+    """config.json, which explains the workdir; a run goes on only as it began."""
+    path = workdir / "config.json"
+    new = json.loads(config.to_json_best_effort())
+    if resuming and path.is_file():
+        old = _flat(json.loads(path.read_text()))
+        changed = [key for key, value in _flat(new).items() if old.get(key) != value and not key.startswith(CHANGEABLE)]
+        if changed:
+            key = changed[0]
+            raise BadInput(
+                f"{workdir} was trained with {key}={old.get(key)} and now is given {_flat(new)[key]}; "
+                "use another --workdir, or set it back."
+            )
+    if writing:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(new, indent=2) + "\n")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def main() -> None:
+    cli.run(train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The state of a run and the step that advances it."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
+from jaxtyping import Array, Float, Int32
+
+from dilformer_jax.io.volumes import BadInput
+from dilformer_jax.ops import losses
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@flax.struct.dataclass
+class State:
+    """All that a checkpoint holds: steps done, parameters, and the optimiser's moments."""
+
+    step: Int32[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+def optimiser(
+    *, learning_rate: float, warmup_steps: int, total_steps: int, schedule: str, clip: float
+) -> optax.GradientTransformation:
+    """Adam on gradients clipped to the global norm `clip`; the rate rises linearly, then follows 'cosine' to zero or
+    stays 'constant'.
+
+    Raises:
+      BadInput: an unknown schedule, or a warm-up as long as the run.
+    """
+    if warmup_steps >= total_steps:
+        raise BadInput(
+            f"optimiser.warmup_steps is {warmup_steps} of {total_steps} steps; make it shorter than the run."
+        )
+    if schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
+    elif schedule == "constant":
+        rate = optax.join_schedules(
+            [optax.linear_schedule(0.0, learning_rate, warmup_steps), optax.constant_schedule(learning_rate)],
+            [warmup_steps],
+        )
+    else:
+        raise BadInput(f"optimiser.schedule is {schedule!r}; give 'cosine' or 'constant'.")
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
+
+
+def initial(module: Any, transformation: optax.GradientTransformation, seed: int) -> State:
+    """The state before the first step. Parameters do not depend on the volume's shape, so a tiny one makes them."""
+    size = 2 * module.downsampling
+    image = jnp.zeros((1, size, size, size, 1))
+    params = jax.jit(module.init)(jax.random.key(seed), image, image)["params"]
+    return State(step=jnp.zeros((), jnp.int32), params=params, opt_state=transformation.init(params))
+
+
+def step_function(
+    module: Any,
+    transformation: optax.GradientTransformation,
+    loss: Mapping[str, Any],
+    *,
+    bidirectional: bool,
+    shardings: tuple,
+) -> Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]:
+    """The compiled step: (state, batch) to (state, metrics). The state given is used up.
+
+    The batch is split over the devices and everything else replicated (`shardings`, from `parallel.shardings`): XLA
+    then adds up the
+    gradients of all devices by itself. A step is a function of its arguments alone.
+    """
+    replicated, _ = shardings
+
+    def objective(params, fixed, moving):
+        displacements = module.apply({"params": params}, fixed, moving, both=bidirectional)
+        if bidirectional:
+            # As the network orders them: pair by pair, both directions beside each other.
+            beside = lambda first, second: jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+            fixed, moving = beside(fixed, moving), beside(moving, fixed)
+        return losses.multi_resolution(fixed, moving, displacements, **loss)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(replicated, replicated))
+    def step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
+        (value, parts), gradients = jax.value_and_grad(objective, has_aux=True)(
+            state.params, batch["fixed"], batch["moving"]
+        )
+        updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
+        advanced = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        share = parts["regulariser"] / (jnp.abs(parts["similarity"]) + parts["regulariser"])
+        return advanced, {
+            "loss": value,
+            **parts,
+            "regulariser_share": share,
+            "gradient_norm": optax.tree.norm(gradients),
+        }
+
+    return step
