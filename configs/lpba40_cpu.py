@@ -1,0 +1,72 @@
+"""Dilformer on LPBA40 at half resolution, for two CPU cores.
+
+Trains on S11-S34 (552 ordered pairs), validates on ordered pairs of S35-S40; S01-S10 are the test set and are not
+touched. The 160x192x160 images are averaged to 80x96x80, displacements live at 1/2 to 1/16 of that, the loss is
+taken from 80x96x80 down. Labels are warped at full resolution. Command:
+
+    python -m dilformer_jax.train --config configs/lpba40_cpu.py --workdir runs/lpba40_cpu --config.data.directory=DIR
+
+Time: under 50 minutes on two CPU cores. Expected, on the 30 ordered pairs of S35-S40: see
+experiments/results/lpba40_cpu.md. `:tiny` is a test of the plumbing.
+"""
+
+from ml_collections import ConfigDict, config_dict  # type: ignore[import-untyped]
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "batch_size": 0,
+            "bidirectional": True,
+            "total_steps": 2200,
+            "log_every": 10,
+            "validate_every": 200,
+            "checkpoint_every": 100,
+            "validation_pairs": 6,
+            "model": {
+                "name": "dilformer",
+                "options": {
+                    "width": 16,
+                    "levels": 4,
+                    "finest": 1,
+                    "recursions": 1,
+                    "diffeomorphic": False,
+                    "separate_encoders": False,
+                    "msr": True,
+                    "dilformer": "streams",
+                    "srf": True,
+                    "attention": "channels",
+                },
+            },
+            "data": {
+                "name": "lpba40",
+                "directory": "../shared/data/lpba40",
+                "options": {},
+                "preprocessing": {"normalise": "max", "downsample": 2, "crop_to": config_dict.placeholder(tuple)},
+                "cache": config_dict.placeholder(str),
+                "workers": 0,
+                "flips": (),
+            },
+            "loss": {
+                "similarity": "lncc",
+                "border": "cut",
+                "finest": 0,
+                "weights": (1.0, 0.5, 0.25, 0.125, 0.0625),
+                "windows": (9, 7, 7, 5, 3),
+                "regulariser": "diffusion",
+                "regulariser_weight": 1.0,
+            },
+            "optimiser": {"learning_rate": 1e-3, "warmup_steps": 50, "schedule": "cosine", "clip": 1.0},
+        }
+    )
+    if argument == "tiny":
+        config.total_steps, config.log_every, config.validate_every, config.checkpoint_every = 4, 1, 4, 2
+        config.validation_pairs = 1
+        config.model.options.update({"width": 4, "levels": 2})
+        config.data.preprocessing.crop_to = (32, 32, 32)
+        config.loss.update({"weights": (1.0, 0.5), "windows": (5, 3)})
+        config.optimiser.warmup_steps = 1
+    elif argument:
+        raise ValueError(f"this configuration knows the argument 'tiny', not {argument!r}")
+    return config

@@ -1,0 +1,61 @@
+r"""VoxelMorph-2 on LPBA40 at half resolution: the row beside configs/lpba40_cpu.py.
+
+The same images, pairs, windows, regulariser and time as lpba40_cpu.py; one displacement, at 80x96x80, so a loss of
+one level. Command:
+
+    python -m dilformer_jax.train --config configs/voxelmorph_lpba40_cpu.py --workdir runs/voxelmorph \
+        --config.data.directory=DIR
+
+Time: under 50 minutes on two CPU cores. Result: see experiments/results/lpba40_cpu.md. `:tiny` is a test of the
+plumbing.
+"""
+
+from ml_collections import ConfigDict, config_dict  # type: ignore[import-untyped]
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "batch_size": 0,
+            "bidirectional": True,
+            "total_steps": 600,
+            "log_every": 10,
+            "validate_every": 100,
+            "checkpoint_every": 50,
+            "validation_pairs": 6,
+            "model": {
+                "name": "voxelmorph",
+                "options": {"down": (16, 32, 32, 32), "up": (32, 32, 32, 32), "final": (32, 16, 16)},
+            },
+            "data": {
+                "name": "lpba40",
+                "directory": "../shared/data/lpba40",
+                "options": {},
+                "preprocessing": {"normalise": "max", "downsample": 2, "crop_to": config_dict.placeholder(tuple)},
+                "cache": config_dict.placeholder(str),
+                "workers": 0,
+                "flips": (),
+            },
+            "loss": {
+                "similarity": "lncc",
+                "border": "cut",
+                "finest": 0,
+                "weights": (1.0,),
+                "windows": (9,),
+                "regulariser": "diffusion",
+                "regulariser_weight": 1.0,
+            },
+            "optimiser": {"learning_rate": 1e-3, "warmup_steps": 50, "schedule": "cosine", "clip": 1.0},
+        }
+    )
+    if argument == "tiny":
+        config.total_steps, config.log_every, config.validate_every, config.checkpoint_every = 4, 1, 4, 2
+        config.validation_pairs = 1
+        config.model.options.update({"down": (4, 4), "up": (4, 4), "final": (4,)})
+        config.data.preprocessing.crop_to = (32, 32, 32)
+        config.loss.windows = (5,)
+        config.optimiser.warmup_steps = 1
+    elif argument:
+        raise ValueError(f"this configuration knows the argument 'tiny', not {argument!r}")
+    return config
