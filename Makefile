@@ -6,8 +6,18 @@ RUN := .venv/bin/python
 
 .PHONY: demo test clean
 
+# Trains on the built-in phantom brains, scores pairs it has not seen, registers one of them; stopped, it goes on.
 demo: .venv/installed
-	$(RUN) -m dilformer_jax.demo --output runs/demo
+	$(RUN) -m dilformer_jax.train --config configs/demo.py --workdir runs/demo
+	$(RUN) -m dilformer_jax.evaluate --workdir runs/demo
+	$(RUN) -m dilformer_jax.register --workdir runs/demo --report --output runs/demo/registration \
+		--fixed runs/phantoms/phantom_024_t1.nii.gz --fixed-labels runs/phantoms/phantom_024_seg.nii.gz \
+		--moving runs/phantoms/phantom_028_t1.nii.gz --moving-labels runs/phantoms/phantom_028_seg.nii.gz
+	@echo
+	@echo "Reports with pictures, to open in a browser:"
+	@echo "  $(CURDIR)/runs/demo/evaluation/report.html    30 pairs of phantoms that the network has not seen"
+	@echo "  $(CURDIR)/runs/demo/registration/report.html  one of these pairs"
+	@echo "Training curves: $(CURDIR)/runs/demo/figures/training.png"
 
 test: .venv/installed-for-tests
 	$(RUN) -m ruff check .

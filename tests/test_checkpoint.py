@@ -266,7 +266,9 @@ def test_another_structure_is_one_sentence(tmp_path):
 
 def test_damage_is_one_sentence(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(1, fresh())
+        # One array: of several, orbax closes its event loop at the first that fails, and the others complain into it at
+        # some later time, which would fail a test that has nothing to do with them.
+        checkpoints.save(1, {"params": {"a": jnp.arange(4096.0)}})
     for path in (tmp_path / "checkpoints" / "1").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[:10])

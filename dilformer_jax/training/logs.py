@@ -88,6 +88,7 @@ class Progress:
         self._console = console or Console()
         self._last = (step, clock())
         self._first: tuple[int, float] | None = None
+        self._speed = 0.0
         self._values: dict[str, float] = {}
         self._bar = RichProgress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -113,14 +114,15 @@ class Progress:
         leaves out compilation and counts validation in.
         """
         now = self._clock()
-        speed = _rate(self._last, (step, now))
-        mean = _rate(self._first, (step, now)) if self._first else speed
+        if step > self._last[0]:  # else a validation took the time since
+            self._speed = _rate(self._last, (step, now))
+        mean = _rate(self._first, (step, now)) if self._first else self._speed
         self._last = (step, now)
         self._first = self._first or self._last
         new = {"loss": loss, "Dice": dice}
         self._values |= {name: float(value) for name, value in new.items() if value is not None}
         left = timedelta(seconds=round((self.total - step) / mean)) if mean > 0 else "?"
-        shown = [f"{speed:.3g} steps/s", f"ETA {left}"]
+        shown = [f"{self._speed:.3g} steps/s", f"ETA {left}"]
         shown += [f"{name} {value:.4f}" for name, value in self._values.items()]
         report = "  ".join(shown)
         if not self._bar.disable:
