@@ -19,7 +19,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "seed": 0,
             "batch_size": 0,
             "bidirectional": True,
-            "total_steps": 1700,
+            "total_steps": 1400,
             "log_every": 10,
             "validate_every": 200,
             "checkpoint_every": 100,
