@@ -18,6 +18,8 @@ from dilformer_jax.ops import spatial
 Scalar = Float[Array, ""]
 Image = Float[Array, "*b d h w c"]
 Displacement = Float[Array, "*b d h w 3"]
+# Of a window's sum of squares: the float32 rounding of its variance, measured at windows of 3 to 9.
+ROUNDING = 2e-6
 
 
 def lncc(
@@ -50,11 +52,13 @@ def lncc(
         f, m = fixed.astype(jnp.float32), moved.astype(jnp.float32)
         count = jnp.float32(window**3)
     sums = functools.partial(_window_sum, window=window)
-    sum_f, sum_m = sums(f), sums(m)
+    sum_f, sum_m, energy_f, energy_m = sums(f), sums(m), sums(f * f), sums(m * m)
     cross = sums(f * m) - sum_f * sum_m / count
-    variance_f = jnp.maximum(sums(f * f) - sum_f * sum_f / count, 0.0)
-    variance_m = jnp.maximum(sums(m * m) - sum_m * sum_m / count, 0.0)
-    return (cross * cross / (variance_f * variance_m + epsilon)).mean()
+    variance_f, variance_m = energy_f - sum_f * sum_f / count, energy_m - sum_m * sum_m / count
+    # Below this a variance is rounding, which in intensities of hundreds is far above epsilon.
+    varied = (variance_f > ROUNDING * energy_f) & (variance_m > ROUNDING * energy_m)
+    variances = jnp.where(varied, variance_f * variance_m, 1.0)
+    return jnp.where(varied, cross * cross / (variances + epsilon), 0.0).mean()
 
 
 def _window_sum(x: Array, window: int) -> Array:
@@ -92,7 +96,13 @@ def soft_dice(fixed: Float[Array, "*b d h w k"], moved: Float[Array, "*b d h w k
 
 def diffusion(u: Displacement) -> Scalar:
     """The mean squared forward difference of a displacement, over its three components and three axes (VoxelMorph's
-    `Grad('l2')`)."""
+    `Grad('l2')`).
+
+    Raises:
+      ValueError: an axis of one voxel.
+    """
+    if min(u.shape[-4:-1]) < 2:
+        raise ValueError(f"Diffusion needs two voxels an axis, got {u.shape[-4:-1]}.")
     return sum((jnp.square(jnp.diff(u, axis=axis)).mean() for axis in (-4, -3, -2)), jnp.float32(0)) / 3
 
 
@@ -101,7 +111,12 @@ def bending(u: Displacement) -> Scalar:
     inner voxels.
 
     After Rueckert et al. (TMI 1999), averaged over the three components.
+
+    Raises:
+      ValueError: an axis of fewer than three voxels.
     """
+    if min(u.shape[-4:-1]) < 3:
+        raise ValueError(f"Bending needs three voxels an axis, got {u.shape[-4:-1]}.")
     inner = lambda x: x[..., 1:-1, 1:-1, 1:-1, :]
     shift = lambda x, axis, by: jnp.roll(x, -by, axis=axis)  # what wraps around is cut off with the outer voxels
     energy = jnp.float32(0)

@@ -1,8 +1,7 @@
 """Grids, warps and displacements.
 
 The convention, once: a displacement `u` of shape (*b, D, H, W, 3) is float32, in voxels of the grid it lives on,
-component a along array
-axis a, and `moved(x) = moving(x + u(x))`. Every function takes any number of leading batch axes.
+component a along array axis a, and `moved(x) = moving(x + u(x))`. Every function takes any number of leading batch axes.
 """
 
 import itertools
@@ -32,12 +31,13 @@ def warp(
     """The image sampled at x + displacement(x), on the displacement's grid.
 
     With order 1 (trilinear) it equals `map_coordinates` and PyTorch's `grid_sample(align_corners=True)`; with order 0
-    it takes the nearest
-    voxel. Outside the volume lies its border value, or zero with a linear ramp of one voxel for padding 'zeros'. The
-    gradient to the
-    displacement at a voxel centre is the slope towards the next voxel, and at the last face the slope from the one
-    before it, so that the
-    identity gives training a usable gradient everywhere.
+    it takes the nearest voxel, an exact half going to the even one as in PyTorch. Outside the volume lies its border
+    value, or zero with a linear ramp of one voxel for padding 'zeros'. The gradient to the displacement at a voxel
+    centre is the slope towards the next voxel; padded with the border value, at the last face it is the slope from the
+    voxel before, so that the identity gives training a usable gradient everywhere.
+
+    The engine 'map_coordinates' is `jax.scipy.ndimage`'s, to compare with: slower, its nearest rounds halves away from
+    zero, and its gradient at the last face is zero.
 
     Raises:
       ValueError: an unknown order, padding or engine.
@@ -65,6 +65,9 @@ def _map_coordinates(images, coordinates, order, padding):
 
 
 def _gather(images, coordinates, order, padding):
+    if order == 0:
+        # Before anything is added: halves round to even, and must do so alike with every padding.
+        coordinates = jnp.round(coordinates)
     if padding == "zeros":
         # One voxel of zeros around the volume is the border value that everything outside then takes.
         images = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
@@ -74,8 +77,7 @@ def _gather(images, coordinates, order, padding):
     inside = jnp.where(coordinates < 0, 0.0, jnp.where(coordinates > last, last, coordinates))
     if order == 1:
         return _trilinear(images, inside)
-    nearest = jnp.round(inside).astype(jnp.int32)
-    return _voxels(images).at[_index(nearest, images.shape)].get(mode="promise_in_bounds")
+    return _voxels(images).at[_index(inside.astype(jnp.int32), images.shape)].get(mode="promise_in_bounds")
 
 
 def _voxels(images):
@@ -175,8 +177,7 @@ def resize(
     antialiasing).
 
     Half-pixel by default: both grids cover the same box. With `align_corners` the first and the last voxels coincide
-    instead. One matrix
-    product an axis; resizing by gathers is slow on TPU.
+    instead. One matrix product an axis; resizing by gathers is slow on TPU.
     """
     for axis, size in zip((-4, -3, -2), shape, strict=True):
         if x.shape[axis] != size:
@@ -197,7 +198,13 @@ def resize_displacement(
     u: Float[Array, "*b d h w 3"], shape: tuple[int, ...], *, align_corners: bool = False
 ) -> Float[Array, "*b e f g 3"]:
     """A displacement on another grid over the same box, its vectors in voxels of that grid: `2 * resize(u)` going up
-    one level."""
+    one level.
+
+    Raises:
+      ValueError: an axis of one voxel with `align_corners`, where it has no length.
+    """
+    if align_corners and min(u.shape[-4:-1]) < 2:
+        raise ValueError(f"Corners to align are two voxels an axis, got {u.shape[-4:-1]}.")
     span = [(s - 1, t - 1) if align_corners else (s, t) for s, t in zip(u.shape[-4:-1], shape, strict=True)]
     scale = jnp.asarray([target / source for source, target in span], u.dtype)
     return resize(u, shape, align_corners=align_corners) * scale
