@@ -2,8 +2,7 @@
 (Eng. Sci.) 2026, 60(5):1082).
 
 From the paper: two streams through one pyramid of MSR blocks, Dilformer blocks at the low resolutions, SRF blocks
-before each displacement, a multi-resolution
-loss. The inner sizes, and every option, are ours.
+before each displacement, a multi-resolution loss. The inner sizes, and every option, are ours.
 """
 
 import flax.linen as nn

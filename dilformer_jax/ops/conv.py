@@ -1,11 +1,9 @@
 """3-D convolutions, channels-last, each lowered as its platform likes it.
 
 A program is lowered for the platform it runs on by `jax.lax.platform_dependent`: GPU and TPU get XLA's native 3-D
-convolution,
-the CPU gets sums of 2-D convolutions, shifted slices and matrix products, which are several times faster there
-(`experiments/benchmark.py` measures both). Forward and gradient rules choose separately, so that one traced function,
-or one
-exported artefact, serves every platform.
+convolution, the CPU gets sums of 2-D convolutions, shifted slices and matrix products, which are several times faster
+there (`experiments/benchmark.py` measures both). Forward and gradient rules choose separately, so that one traced
+function, or one exported artefact, serves every platform.
 """
 
 import functools
@@ -25,11 +23,9 @@ def conv(
 ) -> Float[Array, "b e f g o"]:
     """Dense or axis-wise convolution, zero-padded, centred on the voxels of the result.
 
-    With stride 1 the kernel sizes are odd and the result has the shape of `x`. With stride 2 voxel i of the result
-    lies between
-    voxels 2i and 2i+1 of `x`, as in the image pyramid, when the kernel size is even (2 or 4), and on voxel 2i when it
-    is 3 (as
-    VoxelMorph has it); every spatial axis of `x` must then be even.
+    With stride 1 the kernel sizes are odd and the result has the shape of `x`. With stride 2 voxel i of the result lies
+    between voxels 2i and 2i+1 of `x`, as in the image pyramid, when the kernel size is even (2 or 4), and on voxel 2i
+    when it is 3 (as VoxelMorph has it); every spatial axis of `x` must then be even.
 
     Raises:
       ValueError: a kernel size, stride or volume that cannot be centred so.

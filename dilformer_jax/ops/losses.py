@@ -29,10 +29,9 @@ def lncc(
     epsilon), from 0 to 1.
 
     cross and the variances are sums over the window³ around each voxel, after Avants et al. (Med. Image Anal. 2008).
-    With border 'cut' the
-    window is cut at the faces and holds fewer voxels there; with 'zeros' the volume is padded with zeros, which count
-    as voxels, as in
-    VoxelMorph (Balakrishnan et al., TMI 2019). A voxel whose window is constant counts 0.
+    With border 'cut' the window is cut at the faces and holds fewer voxels there; with 'zeros' the volume is padded
+    with zeros, which count as voxels, as in VoxelMorph (Balakrishnan et al., TMI 2019). A voxel whose window is
+    constant counts 0.
 
     Raises:
       ValueError: an even window, or an unknown border.
@@ -150,15 +149,12 @@ def multi_resolution(
     """Σ over levels l of weights[l] · (dissimilarity_l + regulariser_weight · regulariser_l).
 
     Level l is `finest` + its place in `weights`: the images averaged l times, and the displacement of that level, in
-    its own voxels. Where a
-    network ends at a coarser level than `finest`, its finest displacement is enlarged to it. A single weight is the
-    plain loss, at one level.
-    The windows are those of LNCC, a level each.
+    its own voxels. Where a network ends at a coarser level than `finest`, its finest displacement is enlarged to it. A
+    single weight is the plain loss, at one level. The windows are those of LNCC, a level each.
 
     Returns:
       The loss, and its parts summed with the same weights: similarity (LNCC: higher is better; MSE: lower is better)
-      and regulariser (as it
-      enters the loss).
+      and regulariser (as it enters the loss).
 
     Raises:
       ValueError: an unknown similarity or regulariser, or weights and windows of different lengths.

@@ -69,8 +69,7 @@ def step_function(
     """The compiled step: (state, batch) to (state, metrics). The state given is used up.
 
     The batch is split over the devices and everything else replicated (`shardings`, from `parallel.shardings`): XLA
-    then adds up the
-    gradients of all devices by itself. A step is a function of its arguments alone.
+    then adds up the gradients of all devices by itself. A step is a function of its arguments alone.
     """
     replicated, _ = shardings
 
