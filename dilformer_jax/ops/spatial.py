@@ -1,7 +1,8 @@
 """Grids, warps and displacements.
 
 The convention, once: a displacement `u` of shape (*b, D, H, W, 3) is float32, in voxels of the grid it lives on,
-component a along array axis a, and `moved(x) = moving(x + u(x))`. Every function takes any number of leading batch axes.
+component a along array axis a, and `moved(x) = moving(x + u(x))`. Every function takes any number of leading batch
+axes.
 """
 
 import itertools
