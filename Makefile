@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Further packages to install with the tests, e.g. `make test PEERS=torch` for the comparisons with PyTorch.
 PEERS ?=
 RUN := .venv/bin/python
+# On Linux the large arrays of a training step come in huge pages then; elsewhere it means nothing.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test clean
 

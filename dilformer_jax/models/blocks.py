@@ -196,24 +196,20 @@ def window_attention(
 
 
 class SRF(nn.Module):
-    """Separable residual fusion: a 1³ to twice the level's width, two rounds of factorised 3³ convolutions with a
-    residual, and a 1³ to the level's width.
-
-    Twice, because no convolution sees more of the two images and of the level below than the first 1³ lets through.
-    """
+    """Separable residual fusion: a 1³ to the level's width, then two rounds of factorised 3³ convolutions and a
+    residual."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: Features) -> Widened:
-        width = 2 * self.features
-        x = ConvNorm(width, (1, 1, 1))(x)
+        x = ConvNorm(self.features, (1, 1, 1))(x)
         y = x
         for _ in range(2):
             for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):
-                y = Conv(width, kernel, bias=False)(y)
+                y = Conv(self.features, kernel, bias=False)(y)
             y = activation(instance_norm(y))
-        return ConvNorm(self.features, (1, 1, 1))(x + y)
+        return activation(x + y)
 
 
 class Fusion(nn.Module):
