@@ -1,0 +1,212 @@
+"""Every configuration of configs/: each of its keys is known to the code, and its `:tiny` trains."""
+
+import ast
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training_runs as runs
+from ml_collections import ConfigDict  # type: ignore[import-untyped]
+
+from dilformer_jax import cli, models
+from dilformer_jax.data import sources
+from dilformer_jax.data.preprocessing import resolved
+from dilformer_jax.registration.pipeline import keywords
+from dilformer_jax.training import logs, parallel, state
+
+CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
+# Of the images as they reach the network.
+SHAPES = {
+    "demo": (64, 80, 64),
+    "ixi": (160, 192, 224),
+    "ixi_2mm": (80, 96, 112),
+    "lpba40": (160, 192, 160),
+    "lpba40_cpu": (80, 96, 80),
+    "voxelmorph_lpba40_cpu": (80, 96, 80),
+}
+each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+tiny_too = pytest.mark.parametrize("argument", ["", ":tiny"], ids=["whole", "tiny"])
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+    return found
+
+
+def size(config: ConfigDict, stem: str) -> tuple[int, ...]:
+    """What a network of this configuration sees; `:tiny` says it by itself."""
+    box = config.data.preprocessing.get("crop_to") or config.data.options.get("shape")
+    return tuple(n // config.data.preprocessing.downsample for n in box) if box else SHAPES[stem]
+
+
+def test_every_configuration_is_tested() -> None:
+    assert {path.stem for path in CONFIGS} == set(SHAPES)
+
+
+@each
+def test_a_configuration_explains_itself(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert f"python -m dilformer_jax.train --config configs/{path.name} --workdir runs/" in text
+    assert ":tiny" in text
+    config = cli.load_config(str(path))
+    json.loads(config.to_json_best_effort())  # as config.json is written
+
+
+@each
+def test_an_unknown_argument_is_refused(path: Path) -> None:
+    get_config: Any = {}
+    exec(compile(path.read_text(), path, "exec"), get_config)
+    with pytest.raises(ValueError, match="knows the argument 'tiny', not 'tyni'"):
+        get_config["get_config"]("tyni")
+    with pytest.raises(cli.BadInput, match=f"{path.name}:tyni fails with ValueError"):
+        cli.load_config(f"{path}:tyni")
+
+
+@each
+def test_tiny_differs_only_in_size(path: Path) -> None:
+    whole, tiny = (leaves(cli.load_config(f"{path}{argument}")) for argument in ("", ":tiny"))
+    assert whole.keys() == tiny.keys()
+    changed = {key for key in whole if whole[key] != tiny[key]}
+    assert changed <= {
+        "total_steps", "log_every", "validate_every", "checkpoint_every", "validation_pairs", "optimiser.warmup_steps",
+        "model.options.width", "model.options.levels", "model.options.down", "model.options.up", "model.options.final",
+        "data.preprocessing.crop_to", "data.options.train", "data.options.validation", "data.options.shape",
+        "loss.weights", "loss.windows",
+    }  # fmt: skip
+    assert tiny["total_steps"] <= 4
+
+
+@each
+def test_every_key_is_read_by_the_code(path: Path) -> None:
+    """The loop names what it reads as `config.KEY`; the rest are keyword arguments of the functions named here."""
+    config = cli.load_config(str(path))
+    tree = ast.parse((runs.ROOT / "dilformer_jax" / "train.py").read_text())
+    named = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    function = sources.DATASETS[config.data.name]
+    parameters = lambda function: {f"{name}" for name in inspect.signature(function).parameters}
+    known = {
+        "model.options.": set(models.MODELS[config.model.name].__dataclass_fields__) - {"parent", "name"},
+        "data.options.": parameters(function) - {"directory"},
+        "data.preprocessing.": set(resolved({})),
+        "loss.": parameters(state.losses.multi_resolution) - {"fixed", "moving", "displacements"},
+        "optimiser.": parameters(state.optimiser) - {"total_steps"},
+    }
+    for key in leaves(config):
+        section = next((prefix for prefix in known if key.startswith(prefix)), None)
+        if section is None:
+            assert f"config.{key}" in named, key
+        else:
+            assert key.removeprefix(section) in known[section], key
+
+
+@each
+@tiny_too
+def test_a_step_can_be_made_of_it(path: Path, argument: str) -> None:
+    """Traced in the shapes that it will have, without computing or compiling anything."""
+    config = cli.load_config(f"{path}{argument}")
+    module = models.create(config.model.name, **keywords(config.model.options.to_dict()))
+    shape = size(config, path.stem)
+    assert not any(n % module.downsampling for n in shape)
+    image = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32)
+    small = jax.ShapeDtypeStruct((1, *3 * (2 * module.downsampling,), 1), jnp.float32)
+    transformation = state.optimiser(total_steps=config.total_steps, **config.optimiser.to_dict())
+    params = jax.eval_shape(module.init, jax.random.key(0), small, small)["params"]
+    step = state.step_function(
+        module,
+        transformation,
+        config.loss.to_dict(),
+        bidirectional=config.bidirectional,
+        shardings=parallel.shardings(parallel.mesh()),
+    )
+
+    def advanced(params: Any, batch: Any) -> Any:
+        after, measured = step(state.State(jnp.zeros((), jnp.int32), params, transformation.init(params)), batch)
+        return after.params, measured
+
+    after, measured = jax.eval_shape(advanced, params, {"fixed": image, "moving": image})
+    of_leaf = lambda leaf: (leaf.shape, leaf.dtype)
+    assert jax.tree.map(of_leaf, after) == jax.tree.map(of_leaf, params)
+    assert {"loss", "similarity", "regulariser", "regulariser_share", "gradient_norm"} == set(measured)
+    assert resolved(config.data.preprocessing.to_dict())
+    # Each level of the loss has images that can be averaged down to it, and a window that fits into them.
+    levels = len(config.loss.weights) + config.loss.finest - 1
+    assert not any(n % 2**levels for n in shape)
+    assert all(min(shape) // 2**level >= w for level, w in enumerate(config.loss.windows, config.loss.finest))
+    # What a loop over these steps needs.
+    assert not config.validate_every % config.log_every and not config.checkpoint_every % config.log_every
+
+
+TRAINING = """
+import sys
+from pathlib import Path
+from dilformer_jax import cli, train
+for item in sys.argv[1:]:
+    source, directory, workdir = item.split("|")
+    config = cli.load_config(source)
+    config.data.directory = directory
+    config.total_steps, config.validate_every, config.checkpoint_every = 2, 2, 2
+    train.train(config, Path(workdir))
+"""
+
+
+def train_all(*items: tuple[str, Path, Path]) -> None:
+    """Two steps of each (configuration, data, workdir), in one process, where compiling does not take long."""
+    arguments = ["|".join(map(str, (f"{runs.ROOT / 'configs' / name}:tiny", *paths))) for name, *paths in items]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", TRAINING, *arguments],
+        text=True,
+        capture_output=True,
+        env=runs.environment(),
+        timeout=runs.TIMEOUT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check(workdir: Path, lowest: float, highest: float) -> None:
+    """Two steps are logged, and the Dice before them is that of brains."""
+    lines = logs.read(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]
+    # Not equal: `crop_to` cuts each brain around its own middle, and a fresh network lays these onto each other.
+    assert lowest < lines[0]["dice_identity"] < highest and lowest < lines[0]["dice"] < highest
+    assert all(-2 < line["loss"] < -0.01 for line in lines[1:3])
+    assert lines[-1]["displacement_p95"] > 0
+
+
+def test_demo_trains(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By its own command, for as many steps as the other tests ask for."""
+    workdir = runs.whole(tmp_path_factory.getbasetemp())
+    assert len(runs.losses(workdir)) == runs.STEPS
+    assert logs.read(workdir / "metrics.jsonl")[0]["dice_identity"] == pytest.approx(0.5174, abs=2e-3)
+
+
+def test_ixi_trains(tmp_path: Path) -> None:
+    """On four brains, and an atlas, in the layout and the types that TransMorph's archive has."""
+    from dilformer_jax.data.phantoms import phantom
+
+    ids = np.array([0, *sources.IXI_LABELS], np.int16)
+    for number, name in enumerate(("atlas", "Train/subject_1", "Train/subject_2", "Val/subject_3")):
+        path = tmp_path / "data" / f"{name}.pkl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image, labels = phantom(number, (32, 40, 36))
+        path.write_bytes(pickle.dumps((image.astype(np.float64), ids[labels])))
+    train_all(("ixi.py", tmp_path / "data", tmp_path / "run"))
+    check(tmp_path / "run", 0.3, 0.8)
+
+
+@pytest.mark.data
+def test_real_brains_train(shared_data: Path, tmp_path: Path) -> None:
+    lpba40, ixi = shared_data / "lpba40", shared_data / "ixi_2mm_affine"
+    names = {"lpba40.py": lpba40, "lpba40_cpu.py": lpba40, "voxelmorph_lpba40_cpu.py": lpba40, "ixi_2mm.py": ixi}
+    train_all(*((name, data, tmp_path / name) for name, data in names.items()))
+    for name in names:
+        check(tmp_path / name, 0.3, 0.7)

@@ -1,0 +1,253 @@
+"""The networks: sizes, a fresh network's identity, both directions at once, shared weights, no dead parameter."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage  # type: ignore[import-untyped]
+
+from dilformer_jax import models
+from dilformer_jax.models import bundle
+from dilformer_jax.ops import metrics, spatial
+
+# A quarter of the time to compile; nothing here is large enough for the difference in speed.
+FAST = {"xla_backend_optimization_level": 0}
+# Together they have every option at another value than its default.
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("dilformer", {}),
+    "recursive": (
+        "dilformer",
+        dict(recursions=2, diffeomorphic=True, dilformer="fused", attention="windows", heads=2, window=(2, 3, 2)),
+    ),
+    "ablated": ("dilformer", dict(msr=False, dilformer="plain", srf=False, separate_encoders=True, finest=1)),
+    "voxelmorph": ("voxelmorph", dict(down=(4, 4), up=(4, 4), final=(4,))),
+}
+SMALL = {"dilformer": dict(width=4, levels=2), "voxelmorph": {}}
+
+
+def network(name: str) -> Any:
+    kind, options = NETWORKS[name]
+    return models.create(kind, **SMALL[kind], **options)
+
+
+def compiled(function):
+    return jax.jit(function, compiler_options=FAST)
+
+
+def images(module: Any, batch: int = 2) -> tuple[jax.Array, jax.Array]:
+    """Two smooth random pairs (batch, D, H, W, 1) on a grid of three different sizes."""
+    shape = tuple(n * module.downsampling for n in (3, 4, 2))
+    random = np.random.default_rng(0)
+    smooth = lambda: ndimage.gaussian_filter(random.random((batch, *shape)), (0, 1, 1, 1))
+    fixed, moving = (jnp.asarray(smooth() / 0.7, jnp.float32)[..., None] for _ in range(2))
+    return fixed, moving
+
+
+def shapes(module: Any, **options: Any) -> Any:
+    """The shapes of the parameters, without computing or compiling any."""
+    image = jax.ShapeDtypeStruct((1, *3 * (2 * module.downsampling,), 1), jnp.float32)
+    return jax.eval_shape(functools.partial(module.init, **options), jax.random.key(0), image, image)["params"]
+
+
+def trained(name: str) -> dict[str, Any]:
+    """Parameters as after a training: none is 0 or 1, and the displacements are around a voxel."""
+    random = np.random.default_rng(1)
+
+    def drawn(path, leaf):
+        fan_in = max(1, int(np.prod(leaf.shape[:-1])))
+        values = random.normal(size=leaf.shape) / np.sqrt(fan_in)
+        if path[-1].key in ("scale", "temperature"):
+            values = 1 + 0.2 * random.normal(size=leaf.shape)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(drawn, shapes(network(name)))
+
+
+@functools.cache
+def computed(name: str) -> Any:
+    """What a network with `trained` parameters gives, in one compilation: (single, both, gradients).
+
+    `single` registers moving 0 to fixed 0, fixed 0 to moving 0, moving 1 to fixed 1 and so on, each as a pair of its
+    own; `gradients` are those of a random mean of its finest displacement.
+    """
+    module, params = network(name), trained(name)
+    fixed, moving = images(module)
+
+    def apply(params, fixed, moving):
+        stack = lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+        def mean(params):
+            single = module.apply({"params": params}, stack(fixed, moving), stack(moving, fixed))
+            return (single[0] * np.random.default_rng(2).normal(size=single[0].shape)).mean(), single
+
+        gradients, single = jax.grad(mean, has_aux=True)(params)
+        return single, module.apply({"params": params}, fixed, moving, both=True), gradients
+
+    return jax.device_get(compiled(apply)(params, fixed, moving))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("voxelmorph", {}, 301_411),
+        ("dilformer", {}, 1_317_608),
+        ("dilformer", {"finest": 1}, 1_323_000),
+        ("dilformer", {"msr": False}, 1_495_016),
+        ("dilformer", {"dilformer": "plain"}, 1_972_252),
+        ("dilformer", {"srf": False}, 3_210_728),
+        ("dilformer", {"dilformer": "fused"}, 1_317_608),
+        ("dilformer", {"attention": "windows"}, 1_328_288),
+        ("dilformer", {"dilformer": "fused", "attention": "windows"}, 1_328_288),
+        ("dilformer", {"recursions": 3}, 1_317_608),
+        ("dilformer", {"diffeomorphic": True}, 1_317_608),
+        ("dilformer", {"separate_encoders": True}, 2_147_940),
+    ],
+    ids=str,
+)
+def test_parameters_are_as_many_as_published(name: str, options: dict[str, Any], count: int) -> None:
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes(models.create(name, **options)))) == count
+
+
+def test_voxelmorph_has_the_layers_of_voxelmorph_2() -> None:
+    """TransMorph's `CONFIGS_VxM`: (input, output) channels of each 3³ convolution, counted by hand."""
+    layers = [(2, 16), (16, 32), (32, 32), (32, 32), (32, 32), (64, 32), (64, 32), (48, 32), (34, 32), (32, 16)]
+    layers += [(16, 16), (16, 3)]
+    assert sum(27 * a * b + b for a, b in layers) == 301_411
+    kernels = [leaf.shape for leaf in jax.tree.leaves(shapes(models.create("voxelmorph"))) if len(leaf.shape) == 5]
+    assert sorted(kernels) == sorted((3, 3, 3, a, b) for a, b in layers)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_fresh_network_is_the_identity(name: str) -> None:
+    module = network(name)
+    fixed, moving = images(module, batch=1)
+    key = jax.random.key(0, impl="unsafe_rbg")  # compiles in a fraction of the time of the default
+    found, _ = jax.device_get(compiled(module.init_with_output)(key, fixed, moving))
+    assert all(0 < np.linalg.norm(u, axis=-1).max() < 0.05 for u in found)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_level_has_a_displacement_in_its_own_voxels(name: str) -> None:
+    module = network(name)
+    single, both, _ = computed(name)
+    levels = 1 if name == "voxelmorph" else 2
+    finest = 1 if name == "ablated" else 0
+    assert module.downsampling == {"ablated": 4, "voxelmorph": 4}.get(name, 2)
+    full = [n * module.downsampling for n in (3, 4, 2)]
+    expected = [(4, *(n // 2 ** (finest + level) for n in full), 3) for level in range(levels)]
+    assert [u.shape for u in single] == [u.shape for u in both] == expected
+    assert all(u.dtype == np.float32 for u in both)
+    if levels == 2:  # twice the vectors on twice the voxels: what the fine level adds does not hide it
+        doubled = np.asarray(spatial.resize(jnp.asarray(single[1]), single[0].shape[1:4])) * 2
+        assert np.corrcoef(doubled.ravel(), single[0].ravel())[0, 1] > 0.3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_both_directions_are_the_two_single_ones(name: str) -> None:
+    """2i registers moving i to fixed i, 2i + 1 fixed i to moving i."""
+    single, both, _ = computed(name)
+    for one, other in zip(single, both, strict=True):
+        size = np.abs(one).max()
+        assert 0.05 < size < 50
+        np.testing.assert_allclose(other, one, atol=1e-4 * size)
+        # The four differ, so that no other order could pass.
+        apart = [np.abs(one[a] - one[b]).max() for a in range(4) for b in range(a)]
+        assert min(apart) > 1e-2 * size
+
+
+def test_both_streams_have_one_encoder_unless_it_is_asked_for() -> None:
+    shared = shapes(models.create("dilformer", width=4, levels=2))
+    separate = shapes(models.create("dilformer", width=4, levels=2, separate_encoders=True))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert {name for name in shared if "encoder" in name} == {"encoder"}
+    assert {name for name in separate if "encoder" in name} == {"fixed_encoder", "moving_encoder"}
+    for stream in ("fixed_encoder", "moving_encoder"):
+        assert jax.tree.map(lambda leaf: leaf.shape, separate[stream]) == jax.tree.map(
+            lambda leaf: leaf.shape, shared["encoder"]
+        )
+    assert count(separate) - count(shared) == count(shared["encoder"])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_parameter_is_dead(name: str) -> None:
+    """The finest displacement alone reaches every array, and none only by rounding."""
+    gradients = bundle.flatten(computed(name)[2])
+    assert len(gradients) == len(jax.tree.leaves(shapes(network(name))))
+    largest = {path: float(np.abs(gradient).max()) for path, gradient in gradients.items()}
+    whole = max(largest.values())
+    assert np.isfinite(whole)
+    assert {path: value for path, value in largest.items() if not value > 1e-5 * whole} == {}
+
+
+def test_diffeomorphic_levels_integrate_what_their_heads_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the head's output caught on its way: by the definition, u = exp(velocity) at the coarsest level."""
+    module = models.create("dilformer", width=4, levels=2, diffeomorphic=True)
+    params = trained("default")  # the option adds none
+    params["head1"] = jax.tree.map(lambda leaf: 3 * leaf, params["head1"])
+    fixed, moving = images(module, batch=1)
+    caught = lambda variables, filtering: compiled(
+        lambda variables: module.apply(variables, fixed, moving, capture_intermediates=filtering)
+    )(variables)
+    heads = lambda layer, method: method == "__call__" and (layer.name or "").startswith("head")
+    found, state = jax.device_get(caught({"params": params}, heads))
+    (velocity,) = state["intermediates"]["head1"]["__call__"]
+    assert 0.5 < np.abs(velocity).max() < 20
+    # Points carried along the velocity in 512 small steps, by SciPy.
+    points = np.moveaxis(np.indices(velocity.shape[1:4]), 0, -1).astype(float)
+    for _ in range(512):
+        carried = [ndimage.map_coordinates(velocity[0, ..., a], np.moveaxis(points, -1, 0), order=1, mode="nearest")
+                   for a in range(3)]  # fmt: skip
+        points = points + np.stack(carried, axis=-1) / 512
+    flow = points - np.moveaxis(np.indices(velocity.shape[1:4]), 0, -1)
+    inner = (slice(1, -1),) * 2
+    assert np.abs(found[1][0] - velocity[0]).max() > 0.1
+    np.testing.assert_allclose(
+        found[1][0][inner], np.asarray(spatial.integrate(jnp.asarray(velocity)))[0][inner], atol=1e-5
+    )
+    assert np.corrcoef(found[1][0].ravel(), flow.ravel())[0, 1] > 0.95
+    # Integrated, even a rough velocity of several voxels hardly folds; as a displacement, it does.
+    assert metrics.folding_percent(velocity[0]) > 2 * metrics.folding_percent(found[1][0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("transmorph", {}, "There is no network 'transmorph'; there are dilformer, voxelmorph"),
+        ("dilformer", {"widht": 4}, "The network dilformer has no option 'widht'; it has .*, width, window"),
+        ("voxelmorph", {"width": 4}, "The network voxelmorph has no option 'width'; it has down, final, up"),
+        ("dilformer", {"parent": None}, "has no option 'parent'"),
+    ],
+)
+def test_unknown_networks_and_options_are_named(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        models.create(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dilformer": "both"}, "'streams', 'fused' or 'plain', got 'both'"),
+        ({"attention": "global"}, "attention is 'channels' or 'windows', got 'global'"),
+        ({"heads": 3}, "3 attention heads do not divide a width of 8 channels"),
+    ],
+)
+def test_options_that_do_not_exist_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        shapes(models.create("dilformer", width=4, levels=2, **options))
+
+
+@pytest.mark.parametrize(("name", "multiple"), [("dilformer", 8), ("voxelmorph", 16)])
+def test_axes_that_cannot_be_halved_are_named(name: str, multiple: int) -> None:
+    module = models.create(name)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 36, 1), jnp.float32)
+    with pytest.raises(ValueError, match=f"multiples of {multiple}, got \\(32, 32, 36\\)"):
+        jax.eval_shape(module.init, jax.random.key(0), image, image)
+
+
+def test_lists_of_json_become_tuples() -> None:
+    assert models.create("voxelmorph", down=[2], up=[3], final=[]) == models.create(
+        "voxelmorph", down=(2,), up=(3,), final=()
+    )

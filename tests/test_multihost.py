@@ -1,0 +1,58 @@
+"""Two processes on one machine train as one."""
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import training_runs as runs
+
+from dilformer_jax.models import bundle
+from dilformer_jax.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.phantoms(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return runs.one_and_four(tmp_path_factory.getbasetemp())
+
+
+def test_two_processes_train_as_one(devices: dict[int, Path], phantoms: Path, tmp_path: Path) -> None:
+    """Two devices each, against one process with the four: the same batches, put together in another order."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workdir = tmp_path / "run"
+    joined = {"DILFORMER_COORDINATOR": f"127.0.0.1:{port}", "DILFORMER_PROCESSES": "2"}
+    processes = [
+        runs.start(
+            runs.training(workdir, phantoms, *runs.FIVE),
+            env=runs.environment(2, **joined, DILFORMER_PROCESS_ID=str(number)),
+        )
+        for number in range(2)
+    ]
+    first, second = (
+        [line for line in out.splitlines() if not line.startswith("[Gloo]")] for out in runs.finish(*processes)
+    )
+    assert first[0].startswith("backend: cpu (4 devices, 2 processes)")
+    assert second == []  # one voice, one log
+    ours, theirs = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (workdir, devices[4])
+    )
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 1, 2, 3, 4, 5, 5]
+    np.testing.assert_allclose(runs.losses(workdir), runs.losses(devices[4]), rtol=0, atol=1e-5)
+    assert len(list(tmp_path.rglob("metrics.jsonl"))) == len(list(tmp_path.rglob("config.json"))) == 1
+
+    # In this process, which is neither of the two.
+    (params, step), (expected, _) = (checkpoint.restore_params(path, "latest") for path in (workdir, devices[4]))
+    assert step == 5
+    flat, expected_flat = bundle.flatten(params), bundle.flatten(expected)
+    assert flat.keys() == expected_flat.keys()
+    for name, array in flat.items():
+        np.testing.assert_allclose(array, expected_flat[name], atol=1e-3, err_msg=name)

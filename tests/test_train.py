@@ -1,0 +1,233 @@
+"""The training command: exact resumption, any number of devices, learning, and what it refuses."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import training_runs as runs
+
+from dilformer_jax import train
+from dilformer_jax.data import pipeline, sources
+from dilformer_jax.io.volumes import read_labels
+from dilformer_jax.models import bundle
+from dilformer_jax.training import checkpoint, logs
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.phantoms(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return runs.one_and_four(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.whole(tmp_path_factory.getbasetemp())
+
+
+def test_a_killed_run_ends_as_one_never_killed(workdir: Path, tmp_path: Path, phantoms: Path) -> None:
+    """Killed twice: as soon as it has done a step, and between two checkpoints or while one is written."""
+    again = tmp_path / "again"
+    for step in (1, 7):
+        runs.kill(runs.start(runs.training(again, phantoms, *runs.WHOLE)), again, step)
+        assert runs.last_step(again) < runs.STEPS
+    (told,) = runs.finish(runs.start(runs.training(again, phantoms, *runs.WHOLE)))
+    start = int(told.partition("from step ")[2].split()[0])
+    assert start % 2 == 0 and 4 <= start < runs.STEPS
+    assert (again / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    # Another 2 % of the bits could still hide in what is logged.
+    ours, theirs = (checkpoint.restore_params(path, "latest") for path in (again, workdir))
+    assert ours[1] == theirs[1] == runs.STEPS
+    flat, expected = (bundle.flatten(params) for params, _ in (ours, theirs))
+    assert {name: array.tobytes() for name, array in flat.items()} == {
+        name: array.tobytes() for name, array in expected.items()
+    }
+
+
+def test_a_run_leaves_what_explains_it(workdir: Path, phantoms: Path) -> None:
+    lines = logs.read(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, runs.STEPS + 1))
+    validated = [line for line in lines if "dice" in line]
+    assert [line["step"] for line in validated] == [0, 4, 8, 12]
+    # Doing nothing, by the definition of Dice, on the one pair of two that is looked at.
+    pair = sources.phantoms(phantoms, train=2, validation=2, shape=(32, 32, 32)).validation[0]
+    fixed, moving = (read_labels(subject.labels).array for subject in (pair.fixed, pair.moving) if subject.labels)
+    overlaps = [
+        2 * ((fixed == label) & (moving == label)).sum() / ((fixed == label).sum() + (moving == label).sum())
+        for label in range(1, 22)
+    ]
+    np.testing.assert_allclose([line["dice_identity"] for line in validated], np.mean(overlaps), rtol=1e-12)
+    assert validated[0]["dice"] == validated[0]["dice_identity"]  # a fresh network is the identity
+    for line in validated:
+        assert {"displacement_p95", "folding_percent"} <= set(line)
+    assert 0 < validated[-1]["regulariser_share"] < 1
+    shown = json.loads((workdir / "config.json").read_text())
+    assert shown["total_steps"] == runs.STEPS and shown["model"]["options"]["width"] == 4
+    assert (workdir / "figures" / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert all(line["seconds"] > 0 for line in logs.read(workdir / "timing.jsonl"))
+
+
+def test_one_and_four_devices_compute_the_same(devices: dict[int, Path]) -> None:
+    one, four = (np.array(runs.losses(devices[count])) for count in (1, 4))
+    assert len(one) == 5 and np.ptp(one) > 1e-3
+    np.testing.assert_allclose(four, one, rtol=0, atol=1e-5)
+
+
+VOXELMORPH = runs.ROOT / "configs" / "voxelmorph_lpba40_cpu.py"
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, workdir: Path, *overrides: str) -> None:
+    """The command, in this process, with a network that is soon compiled and the data as the overrides have them."""
+    arguments = [
+        "--config",
+        f"{VOXELMORPH}:tiny",
+        "--workdir",
+        str(workdir),
+        "--config.data.preprocessing.downsample=1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments, *overrides])
+    train.main()
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, workdir: Path, *overrides: str) -> str:
+    """The one sentence that a user gets, by which the command ends."""
+    with pytest.raises(SystemExit) as stop:
+        trained(monkeypatch, workdir, *overrides)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.count("\n") == 1 and "Traceback" not in told
+    return told
+
+
+LEARNING = (
+    "--config.data.name=pairs_csv",
+    "--config.model.options.down=8,8",
+    "--config.model.options.up=8,8",
+    "--config.model.options.final=8",
+    "--config.total_steps=32",
+    "--config.log_every=4",
+    "--config.validate_every=32",
+    "--config.checkpoint_every=32",
+    "--config.optimiser.learning_rate=0.01",
+)
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> tuple[Path, Path]:
+    """The workdir of a network trained on one pair, and the table that names this pair."""
+    folder = tmp_path_factory.mktemp("learnt")
+    table = folder / "pair.csv"
+    names = [f"{phantoms}/phantom_00{number}_{kind}.nii.gz" for kind in ("t1", "seg") for number in (0, 1)]
+    table.write_text(f"fixed,moving,fixed_labels,moving_labels\n{','.join(names)}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        trained(patch, folder / "run", f"--config.data.directory={table}", *LEARNING)
+    return folder / "run", table
+
+
+def test_a_network_learns_a_pair(learnt: tuple[Path, Path]) -> None:
+    lines = logs.read(learnt[0] / "metrics.jsonl")
+    falling = [line["loss"] for line in lines if "loss" in line]
+    assert len(falling) == 8 and falling[-1] < falling[0] - 0.05
+    (last,) = [line for line in lines if "dice" in line and line["step"] == 32]
+    assert last["dice"] > last["dice_identity"] + 0.02
+    assert 0.3 < last["displacement_p95"] < 4 and last["folding_percent"] < 1
+
+
+def test_a_run_goes_on_only_as_it_began(
+    learnt: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir, table = learnt
+    data = f"--config.data.directory={table}"
+    before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+    for override, said in (
+        ("--config.seed=1", "seed=0 and now is given 1"),
+        ("--config.optimiser.learning_rate=0.02", "optimiser.learning_rate=0.01 and now is given 0.02"),
+        ("--config.loss.regulariser_weight=2", "loss.regulariser_weight=1.0 and now is given 2.0"),
+    ):
+        told = refusal(monkeypatch, capsys, workdir, data, *LEARNING, override)
+        assert said in told and str(workdir) in told
+        assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
+    # Where the data lie and how they are read is free to change; a finished run has nothing more to do.
+    elsewhere = shutil.copy(table, tmp_path / "elsewhere.csv")
+    free = (f"--config.data.directory={elsewhere}", "--config.data.workers=1")
+    trained(monkeypatch, workdir, *LEARNING, *free)
+    assert (workdir / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
+    assert json.loads((workdir / "config.json").read_text())["data"]["workers"] == 1
+
+
+def test_an_option_that_is_left_out_is_a_change_too(tmp_path: Path) -> None:
+    began = train.cli.load_config(str(runs.ROOT / "configs" / "demo.py:tiny"))
+    train._write_config(began, tmp_path, resuming=False, writing=True)
+    began.data.options = {"train": 2, "validation": 2, "shape": (32, 32, 32)}  # the seed of the phantoms is missing
+    with pytest.raises(train.BadInput, match=r"data\.options\.seed"):
+        train._write_config(began, tmp_path, resuming=True, writing=True)
+
+
+def test_a_loss_that_is_no_number_names_the_pairs(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Rises to 1e30 after the first step, whose rate is 0, so that the third step's displacement is infinite.
+    overrides = ("--config.data.name=folder", f"--config.data.directory={phantoms}")
+    told = refusal(monkeypatch, capsys, tmp_path / "run", *overrides, "--config.optimiser.learning_rate=1e30")
+    step = int(told.partition(" at step ")[2].split(",")[0])
+    assert step in (2, 3, 4) and "learning_rate (1e+30)" in told
+    pairs = sources.folder(phantoms).train
+    stream = pipeline.batches(pairs, {"crop_to": (32, 32, 32)}, batch_size=4, seed=0, start_step=step - 1)
+    with stream as batches:
+        names = ", ".join(pairs[index].name for index in next(batches)["index"])
+    assert f"on {names};" in told
+    assert runs.last_step(tmp_path / "run") == step - 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["--config.batch_size=3"], "batch_size 3 does not divide among 4 devices"),
+        (["--config.log_every=3"], "validate_every is 4 and log_every 3; make it a multiple"),
+        (["--config.validate_every=6", "--config.log_every=3"], "checkpoint_every is 2 and log_every 3"),
+        (["--config.data.name=lpba41"], "config.data.name is 'lpba41'; give one of lpba40, ixi_2mm, ixi, folder"),
+        (["--config.data.preprocessing.crop_to=30,32,32"], "(30, 32, 32) voxels and voxelmorph needs multiples of 4"),
+        (["--config.data.preprocessing.downsample=3"], "preprocessing.downsample is 3"),
+        (["--config.model.name=voxelmorph3"], "config.model: There is no network 'voxelmorph3'"),
+        (["--config.model.name=dilformer"], "config.model: The network dilformer has no option 'down'"),
+        (["--config.optimiser.schedule=linear"], "optimiser.schedule is 'linear'; give 'cosine' or 'constant'"),
+        (["--config.optimiser.warmup_steps=4"], "optimiser.warmup_steps is 4 of 4 steps"),
+        (["--config.data.directory=nowhere"], "nowhere does not exist"),
+        (["--config.seed=-1"], "seed is -1"),
+        (["--config.log_every=0"], "log_every"),
+        (["--config.loss.windows=4"], "An LNCC window has an odd number of voxels, got 4"),
+        (["--config.loss.similarity=ncc"], "'ncc'"),
+        (["--config.loss.windows=5,3"], "1 weights and 2 windows"),
+    ],
+    ids=lambda value: value[0].removeprefix("--config.") if isinstance(value, list) else "",
+)
+def test_what_cannot_be_trained(
+    phantoms: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    said: str,
+) -> None:
+    data = ("--config.data.name=folder", f"--config.data.directory={phantoms}")
+    assert said in refusal(monkeypatch, capsys, tmp_path / "run", *data, *overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_another_data_set_are_named(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """demo.py has those of the phantoms."""
+    data = ["--config.data.name=folder", f"--config.data.directory={phantoms}"]
+    with pytest.raises(SystemExit) as stop:
+        train.cli.run(
+            train.train, ["train", f"--config={runs.ROOT}/configs/demo.py:tiny", f"--workdir={tmp_path}/run", *data]
+        )
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.count("\n") == 1 and "config.data.options" in told
+    assert not list(tmp_path.iterdir())
