@@ -19,7 +19,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "seed": 0,
             "batch_size": 0,
             "bidirectional": True,
-            "total_steps": 1500,
+            "total_steps": 2200,
             "log_every": 10,
             "validate_every": 200,
             "checkpoint_every": 100,
@@ -55,7 +55,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "weights": (1.0, 0.5, 0.25, 0.125, 0.0625),
                 "windows": (9, 7, 7, 5, 3),
                 "regulariser": "diffusion",
-                "regulariser_weight": 3.0,
+                "regulariser_weight": 1.0,
             },
             "optimiser": {"learning_rate": 1e-3, "warmup_steps": 50, "schedule": "cosine", "clip": 1.0},
         }

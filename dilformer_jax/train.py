@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
@@ -36,10 +38,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
     _check(config, batch_size)
 
     # --- Data ---
-    dataset = sources.DATASETS[config.data.name](Path(config.data.directory), **keywords(config.data.options.to_dict()))
+    source, options = sources.DATASETS[config.data.name], keywords(config.data.options.to_dict())
+    known = set(inspect.signature(source).parameters) - {"directory", "path"}
+    if unknown := sorted(options.keys() - known):
+        raise BadInput(
+            f"config.data.options.{unknown[0]} is no option of {config.data.name}, which has "
+            f"{', '.join(sorted(known)) or 'none'}; mend it in the configuration."
+        )
+    dataset = source(Path(config.data.directory), **options)
     preprocessing, cache = config.data.preprocessing.to_dict(), config.data.cache
     pairs = sources.split(dataset, "train")
     held_out = _spread(sources.split(dataset, "validation"), config.validation_pairs)
+    evaluation.check([*pairs, *held_out], evaluation.method_of(None))
     shape = pipeline.common_shape(pairs, preprocessing, cache=cache)
 
     # --- Network, optimiser, step ---
@@ -62,6 +72,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
         bidirectional=config.bidirectional,
         shardings=(replicated, sharded),
     )
+    image = jax.ShapeDtypeStruct((batch_size, *shape, 1), jnp.float32, sharding=sharded)
+    try:
+        jax.eval_shape(step_once, now, {"fixed": image, "moving": image})
+    except ValueError as error:
+        raise BadInput(f"config.model or config.loss: {error}") from error
     predictor = Predictor(module, now.params, preprocessing, config.model.name, "")
 
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
@@ -145,6 +160,11 @@ def _check(config: ConfigDict, batch_size: int) -> None:
         )
     if config.data.name not in sources.DATASETS:
         raise BadInput(f"config.data.name is {config.data.name!r}; give one of {', '.join(sources.DATASETS)}.")
+    for name in ("total_steps", "log_every", "validate_every", "checkpoint_every"):
+        if config[name] < 1:
+            raise BadInput(f"{name} is {config[name]}; make it 1 or more.")
+    if not 0 <= config.seed < 2**32:
+        raise BadInput(f"seed is {config.seed}; give one from 0 to 2**32 - 1.")
     for name in ("validate_every", "checkpoint_every"):
         # A log line is a mean since the line before; it could not be made again from a checkpoint amid it.
         if config[name] % config.log_every:
@@ -193,11 +213,13 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
     new = json.loads(config.to_json_best_effort())
     if resuming and path.is_file():
         old = _flat(json.loads(path.read_text()))
-        changed = [key for key, value in _flat(new).items() if old.get(key) != value and not key.startswith(CHANGEABLE)]
+        now = _flat(new)
+        keys = [key for key in (now | old) if not key.startswith(CHANGEABLE)]
+        changed = [key for key in keys if old.get(key) != now.get(key)]
         if changed:
             key = changed[0]
             raise BadInput(
-                f"{workdir} was trained with {key}={old.get(key)} and now is given {_flat(new)[key]}; "
+                f"{workdir} was trained with {key}={old.get(key)} and now is given {now.get(key)}; "
                 "use another --workdir, or set it back."
             )
     if writing:

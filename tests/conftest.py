@@ -4,8 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before JAX starts: four simulated devices, so that the sharded step is tested everywhere.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Before JAX starts: four simulated devices, so that the sharded step is tested everywhere, and a compiler that does not
+# optimise what runs once.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="dilformer-tests-"))
 

@@ -140,7 +140,7 @@ class Dilformer(nn.Module):
         y = nn.LayerNorm(epsilon=1e-5, name="feed_forward_norm")(x)
         y = Conv(2 * width, (1, 1, 1), name="widen")(y)
         y = nn.gelu(Depthwise(name="mix")(y))
-        return x + Conv(width, (1, 1, 1), name="narrow")(y)
+        return x + Conv(width, (1, 1, 1), bias=False, name="narrow")(y)
 
 
 def channel_attention(q: Features, k: Features, v: Features, temperature: Float[Array, "heads 1 1"]) -> Features:

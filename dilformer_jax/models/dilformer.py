@@ -126,7 +126,7 @@ class DilformerNet(nn.Module):
             width = f.shape[-1]
             if x is not None and u is not None:
                 # To the level's width before the enlargement, where it costs an eighth.
-                x = spatial.resize(Conv(width, (1, 1, 1), name=f"up{level}")(x), f.shape[1:4])
+                x = spatial.resize(Conv(width, (1, 1, 1), bias=False, name=f"up{level}")(x), f.shape[1:4])
                 u = spatial.resize_displacement(u, f.shape[1:4])
             fuse = (SRF if self.srf else Fusion)(width, name=f"fuse{level}")
             head = Head(name=f"head{level}")

@@ -8,7 +8,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.ops import losses
@@ -20,7 +20,7 @@ Metrics = dict[str, Float[Array, ""]]
 class State:
     """All that a checkpoint holds: steps done, parameters, and the optimiser's moments."""
 
-    step: Int32[Array, ""]
+    step: Any  # an int32 scalar; JAX and orbax also build this class around shapes and None
     params: Any
     opt_state: Any
 
