@@ -6,8 +6,7 @@ one level. Command:
     python -m dilformer_jax.train --config configs/voxelmorph_lpba40_cpu.py --workdir runs/voxelmorph \
         --config.data.directory=DIR
 
-Time: under 50 minutes on two CPU cores. Result: see experiments/results/lpba40_cpu.md. `:tiny` is a test of the
-plumbing.
+Not yet run to its end: no number is claimed. `:tiny` is a test of the plumbing.
 """
 
 from ml_collections import ConfigDict, config_dict  # type: ignore[import-untyped]
