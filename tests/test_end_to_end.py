@@ -120,8 +120,9 @@ def test_evaluate_scores_the_run_as_its_training_did(
     (line,) = [line for line in lines if line["step"] == best]
     first = rows["phantom_002_to_phantom_003"]
     for ours, theirs in (("dice", "dice"), ("dice_before", "dice_identity"), ("folding_percent", "folding_percent")):
-        assert first[ours] == pytest.approx(line[theirs], abs=2e-4)
-    assert first["dice"] != pytest.approx(first["dice_before"], abs=1e-3)
+        assert first[ours] == pytest.approx(line[theirs], abs=5e-5)
+    # A run this short may gain nothing, but it does move.
+    assert first["dice"] != first["dice_before"] and line["displacement_p95"] > 0.1
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"results.json", "results.csv", "summary.md", "run.json", "report.html"} <= written
     if importlib.util.find_spec("matplotlib"):
