@@ -34,6 +34,7 @@ def get_config(argument: str = "") -> ConfigDict:
                     "msr": True,
                     "dilformer": "streams",
                     "srf": True,
+                    "correlation": True,
                     "attention": "channels",
                 },
             },
@@ -45,6 +46,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "cache": config_dict.placeholder(str),
                 "workers": 0,
                 "flips": (),
+                "affine": (0.0, 0.0),
             },
             "loss": {
                 "similarity": "lncc",

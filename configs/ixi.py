@@ -36,6 +36,7 @@ def get_config(argument: str = "") -> ConfigDict:
                     "msr": True,
                     "dilformer": "streams",
                     "srf": True,
+                    "correlation": True,
                     "attention": "channels",
                 },
             },
@@ -47,6 +48,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "cache": config_dict.placeholder(str),
                 "workers": 0,
                 "flips": (0, 1, 2),
+                "affine": (0.0, 0.0),
             },
             "loss": {
                 "similarity": "lncc",

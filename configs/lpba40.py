@@ -35,6 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
                     "msr": True,
                     "dilformer": "streams",
                     "srf": True,
+                    "correlation": True,
                     "attention": "channels",
                 },
             },
@@ -46,6 +47,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "cache": config_dict.placeholder(str),
                 "workers": 0,
                 "flips": (),
+                "affine": (0.0, 0.0),
             },
             "loss": {
                 "similarity": "lncc",

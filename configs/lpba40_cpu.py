@@ -19,9 +19,9 @@ def get_config(argument: str = "") -> ConfigDict:
             "seed": 0,
             "batch_size": 0,
             "bidirectional": True,
-            "total_steps": 2200,
+            "total_steps": 3000,
             "log_every": 10,
-            "validate_every": 200,
+            "validate_every": 300,
             "checkpoint_every": 100,
             "validation_pairs": 6,
             "model": {
@@ -36,6 +36,7 @@ def get_config(argument: str = "") -> ConfigDict:
                     "msr": True,
                     "dilformer": "streams",
                     "srf": True,
+                    "correlation": True,
                     "attention": "channels",
                 },
             },
@@ -46,7 +47,8 @@ def get_config(argument: str = "") -> ConfigDict:
                 "preprocessing": {"normalise": "max", "downsample": 2, "crop_to": config_dict.placeholder(tuple)},
                 "cache": config_dict.placeholder(str),
                 "workers": 0,
-                "flips": (),
+                "flips": (0,),
+                "affine": (0.05, 0.02),
             },
             "loss": {
                 "similarity": "lncc",
@@ -55,7 +57,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "weights": (1.0, 0.5, 0.25, 0.125, 0.0625),
                 "windows": (9, 7, 7, 5, 3),
                 "regulariser": "diffusion",
-                "regulariser_weight": 1.0,
+                "regulariser_weight": 2.0,
             },
             "optimiser": {"learning_rate": 1e-3, "warmup_steps": 50, "schedule": "cosine", "clip": 1.0},
         }

@@ -34,7 +34,8 @@ def get_config(argument: str = "") -> ConfigDict:
                 "preprocessing": {"normalise": "max", "downsample": 2, "crop_to": config_dict.placeholder(tuple)},
                 "cache": config_dict.placeholder(str),
                 "workers": 0,
-                "flips": (),
+                "flips": (0,),
+                "affine": (0.05, 0.02),
             },
             "loss": {
                 "similarity": "lncc",
@@ -43,7 +44,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "weights": (1.0,),
                 "windows": (9,),
                 "regulariser": "diffusion",
-                "regulariser_weight": 1.0,
+                "regulariser_weight": 2.0,
             },
             "optimiser": {"learning_rate": 1e-3, "warmup_steps": 50, "schedule": "cosine", "clip": 1.0},
         }

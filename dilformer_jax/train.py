@@ -95,7 +95,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             pipeline.batches(
                 pairs, preprocessing, batch_size=batch_size, seed=config.seed, start_step=start,
                 workers=config.data.workers,
-                flips=config.data.flips, cache=cache, process_index=jax.process_index(),
+                flips=config.data.flips, affine=config.data.affine, cache=cache, process_index=jax.process_index(),
                 process_count=jax.process_count(),
             ) as batches,
         ):  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags as absl_flags
+from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax.data.preprocessing import by, downsampled_shape, load, load_image, load_labels, resolved
 from dilformer_jax.data.sources import Pair, Subject
@@ -99,12 +100,16 @@ def batches(
     process_count: int = 1,
     workers: int = 0,
     flips: Sequence[int] = (),
+    affine: tuple[float, float] = (0.0, 0.0),
     cache: Path | str | None = None,
 ) -> Batches:
     """Batches of {'fixed', 'moving': (B, D, H, W, 1) float32, 'index': (B,) int32, into `pairs`} from start_step on.
 
     The stream goes through all pairs in an order that the seed and the epoch give, without an end; each of the axes in
-    `flips` (0, 1, 2) is reversed in both images of a pair or in neither, with probability 1/2.
+    `flips` (0, 1, 2) is reversed in both images of a pair or in neither, with probability 1/2. Then each image is seen
+    through a random affine map about its centre: `affine` holds the standard deviations of the entries of its matrix's
+    difference from the identity, first of a map common to both images, then of one that each has of its own; it is
+    moved by a quarter of that of its edges. What comes from outside is 0.
     `batch_size` is that of all processes together and B = batch_size / process_count. At any step, process p of n has
     the examples p, p + n, p + 2n ... of what a single process would have: the concatenation of the n parts is the same
     examples, ordered by p; `np.stack(parts, 1)`, its first two axes merged, is the single process's batch as it was.
@@ -119,6 +124,8 @@ def batches(
         raise BadInput(f"batch_size {batch_size} does not divide among {process_count} processes; make it a multiple.")
     if len(set(flips)) < len(flips) or not set(flips) <= {0, 1, 2}:
         raise BadInput(f"flips is {tuple(flips)}; give axes out of 0, 1 and 2, each once.")
+    if len(affine) != 2 or not all(0 <= deviation <= 0.2 for deviation in affine):
+        raise BadInput(f"affine is {tuple(affine)}; give two standard deviations from 0 to 0.2.")
     if not 0 <= seed < 2**32:
         raise BadInput(f"seed is {seed}; give one from 0 to 2**32 - 1.")
     settings = resolved(preprocessing)
@@ -130,6 +137,8 @@ def batches(
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     # Before the slice: an example's random numbers come from its place in the stream of all processes.
     stream = stream.random_map(partial(_flipped, axes=tuple(flips)))
+    if any(affine):
+        stream = stream.random_map(partial(_seen_affinely, common=affine[0], own=affine[1]))
     stream = stream[process_index::process_count]
     # Before the iterator is made, lest the batches depend on the number of workers.
     stream = stream.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stacked)
@@ -172,6 +181,30 @@ class PairSource:
 def _flipped(example: dict[str, np.ndarray], generator: np.random.Generator, axes: tuple[int, ...]) -> dict:
     chosen = tuple(axis for axis in axes if generator.random() < 0.5)
     return {name: np.flip(array, chosen) if array.ndim else array for name, array in example.items()}
+
+
+def _seen_affinely(
+    example: dict[str, np.ndarray], generator: np.random.Generator, common: float, own: float
+) -> dict[str, np.ndarray]:
+    maps = {role: _random_affine(generator, own) for role in ("fixed", "moving")}
+    shared = _random_affine(generator, common)
+    return example | {role: _resampled(example[role], shared @ of_its_own) for role, of_its_own in maps.items()}
+
+
+def _random_affine(generator: np.random.Generator, deviation: float) -> np.ndarray:
+    """4 x 4, about the centre, translations as parts of the edges."""
+    affine = np.eye(4)
+    affine[:3, :3] += deviation * generator.standard_normal((3, 3))
+    affine[:3, 3] = deviation / 4 * generator.standard_normal(3)
+    return affine
+
+
+def _resampled(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The image (d, h, w, 1) read trilinearly at affine(x), both about the centre."""
+    edges = np.array(image.shape[:3])
+    centre, matrix = (edges - 1) / 2, affine[:3, :3]
+    offset = centre - matrix @ centre + affine[:3, 3] * edges
+    return ndimage.affine_transform(image[..., 0], matrix, offset, order=1)[..., None]
 
 
 def _stacked(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

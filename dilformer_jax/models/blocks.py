@@ -5,6 +5,7 @@ The paper names the blocks and their roles; their inner sizes are ours. Features
 volume's shape.
 """
 
+import itertools
 import math
 
 import flax.linen as nn
@@ -195,16 +196,31 @@ def window_attention(
     return y[:, *(slice(before, before + size) for size, (before, _) in zip(volume, padding, strict=True))]
 
 
+def correlation(fixed: Features, moved: Features) -> Widened:
+    """How alike each fixed feature vector is to the moved one at each of the 27 voxels around it, (b, d, h, w, 27): the
+    mean over channels of their products, offsets from (-1, -1, -1) to (1, 1, 1), the last axis fastest.
+
+    The cost volume of PWC-Net (Sun et al., CVPR 2018), at reach 1.
+    """
+    padded = jnp.pad(moved, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)), mode="edge")
+    d, h, w = fixed.shape[1:4]
+    offsets = itertools.product(range(3), repeat=3)
+    return jnp.stack([(fixed * padded[:, i : i + d, j : j + h, k : k + w]).mean(-1) for i, j, k in offsets], axis=-1)
+
+
 class SRF(nn.Module):
     """Separable residual fusion: a 1³ to the level's width, then two rounds of factorised 3³ convolutions and a
-    residual."""
+    residual.
+
+    No norm on the residual: it alone tells how far apart this pair is, which a norm of every path would take away.
+    """
 
     features: int
 
     @nn.compact
     def __call__(self, x: Features) -> Widened:
-        x = ConvNorm(self.features, (1, 1, 1))(x)
-        y = x
+        x = Conv(self.features, (1, 1, 1))(x)
+        y = activation(x)
         for _ in range(2):
             for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):
                 y = Conv(self.features, kernel, bias=False)(y)

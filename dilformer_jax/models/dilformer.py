@@ -9,7 +9,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dilformer_jax.models.blocks import MSR, SRF, Conv, ConvNorm, Dilformer, Fusion, Head, Residual, SpatialTransformer
+from dilformer_jax.models.blocks import (
+    MSR,
+    SRF,
+    Conv,
+    ConvNorm,
+    Dilformer,
+    Fusion,
+    Head,
+    Residual,
+    SpatialTransformer,
+    correlation,
+)
 from dilformer_jax.ops import spatial
 
 
@@ -76,6 +87,8 @@ class DilformerNet(nn.Module):
       dilformer: 'streams' (in the encoder), 'fused' (on the fused features of the decoder), or 'plain' (a residual
       block in its place).
       srf: False puts dense convolutions in SRF's place.
+      correlation: whether the decoder is shown, at every level but the finest (where it would cost most), how alike each
+      fixed feature is to the moving ones around its place.
       attention: 'channels' or 'windows'.
       heads, window: of the attention.
     """
@@ -89,6 +102,7 @@ class DilformerNet(nn.Module):
     msr: bool = True
     dilformer: str = "streams"
     srf: bool = True
+    correlation: bool = True
     attention: str = "channels"
     heads: int = 4
     window: tuple[int, int, int] = (5, 6, 5)
@@ -133,7 +147,10 @@ class DilformerNet(nn.Module):
             below = x if x is not None else jnp.zeros_like(f)
             for recursion in range(self.recursions):
                 seen = m if u is None else warp(m, u)
-                x = fuse(jnp.concatenate([f, seen, below], axis=-1))
+                inputs = [f, seen, below]
+                if self.correlation and level:
+                    inputs.append(correlation(f, seen))
+                x = fuse(jnp.concatenate(inputs, axis=-1))
                 if self.dilformer == "fused" and recursion == 0:
                     for block in range(dilformer_blocks(level, self.levels)):
                         x = Dilformer(
