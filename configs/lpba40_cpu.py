@@ -19,9 +19,9 @@ def get_config(argument: str = "") -> ConfigDict:
             "seed": 0,
             "batch_size": 0,
             "bidirectional": True,
-            "total_steps": 3000,
+            "total_steps": 2400,
             "log_every": 10,
-            "validate_every": 300,
+            "validate_every": 400,
             "checkpoint_every": 100,
             "validation_pairs": 6,
             "model": {

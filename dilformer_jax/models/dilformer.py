@@ -87,8 +87,8 @@ class DilformerNet(nn.Module):
       dilformer: 'streams' (in the encoder), 'fused' (on the fused features of the decoder), or 'plain' (a residual
       block in its place).
       srf: False puts dense convolutions in SRF's place.
-      correlation: whether the decoder is shown, at every level but the finest (where it would cost most), how alike each
-      fixed feature is to the moving ones around its place.
+      correlation: whether the decoder is shown, at every level but the finest (where it would cost most), how alike
+      each fixed feature is to the moving ones around its place.
       attention: 'channels' or 'windows'.
       heads, window: of the attention.
     """
