@@ -45,8 +45,8 @@ def get_config(argument: str = "") -> ConfigDict:
                 "preprocessing": {"normalise": "max", "downsample": 1, "crop_to": config_dict.placeholder(tuple)},
                 "cache": config_dict.placeholder(str),
                 "workers": 0,
-                "flips": (),
-                "affine": (0.0, 0.0),
+                "flips": (0,),
+                "affine": (0.05, 0.02),
             },
             "loss": {
                 "similarity": "lncc",

@@ -18,7 +18,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "seed": 0,
             "batch_size": 0,
             "bidirectional": True,
-            "total_steps": 600,
+            "total_steps": 800,
             "log_every": 10,
             "validate_every": 100,
             "checkpoint_every": 50,

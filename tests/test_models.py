@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax import models
-from dilformer_jax.models import bundle
+from dilformer_jax.models import blocks, bundle
 from dilformer_jax.ops import metrics, spatial
 
 # A quarter of the time to compile; nothing here is large enough for the difference in speed.
@@ -22,7 +22,10 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
         "dilformer",
         dict(recursions=2, diffeomorphic=True, dilformer="fused", attention="windows", heads=2, window=(2, 3, 2)),
     ),
-    "ablated": ("dilformer", dict(msr=False, dilformer="plain", srf=False, separate_encoders=True, finest=1)),
+    "ablated": (
+        "dilformer",
+        dict(msr=False, dilformer="plain", srf=False, correlation=False, separate_encoders=True, finest=1),
+    ),
     "voxelmorph": ("voxelmorph", dict(down=(4, 4), up=(4, 4), final=(4,))),
 }
 SMALL = {"dilformer": dict(width=4, levels=2), "voxelmorph": {}}
@@ -93,17 +96,18 @@ def computed(name: str) -> Any:
     ("name", "options", "count"),
     [
         ("voxelmorph", {}, 301_411),
-        ("dilformer", {}, 1_317_416),
-        ("dilformer", {"finest": 1}, 1_322_808),
-        ("dilformer", {"msr": False}, 1_494_824),
-        ("dilformer", {"dilformer": "plain"}, 1_972_380),
-        ("dilformer", {"srf": False}, 3_210_296),
-        ("dilformer", {"dilformer": "fused"}, 1_317_416),
-        ("dilformer", {"attention": "windows"}, 1_328_096),
-        ("dilformer", {"dilformer": "fused", "attention": "windows"}, 1_328_096),
-        ("dilformer", {"recursions": 3}, 1_317_416),
-        ("dilformer", {"diffeomorphic": True}, 1_317_416),
-        ("dilformer", {"separate_encoders": True}, 2_147_428),
+        ("dilformer", {}, 1_323_464),
+        ("dilformer", {"finest": 1}, 1_328_856),
+        ("dilformer", {"msr": False}, 1_500_872),
+        ("dilformer", {"dilformer": "plain"}, 1_978_428),
+        ("dilformer", {"srf": False}, 3_216_344),
+        ("dilformer", {"correlation": False}, 1_317_416),
+        ("dilformer", {"dilformer": "fused"}, 1_323_464),
+        ("dilformer", {"attention": "windows"}, 1_334_144),
+        ("dilformer", {"dilformer": "fused", "attention": "windows"}, 1_334_144),
+        ("dilformer", {"recursions": 3}, 1_323_464),
+        ("dilformer", {"diffeomorphic": True}, 1_323_464),
+        ("dilformer", {"separate_encoders": True}, 2_153_476),
     ],
     ids=str,
 )
@@ -182,6 +186,27 @@ def test_no_parameter_is_dead(name: str) -> None:
     whole = max(largest.values())
     assert np.isfinite(whole)
     assert {path: value for path, value in largest.items() if not value > 1e-5 * whole} == {}
+
+
+def test_correlation_is_the_mean_product_at_each_of_the_27_places() -> None:
+    random = np.random.default_rng(4)
+    fixed, moved = random.normal(size=(2, 2, 3, 4, 5, 6))
+    found = np.asarray(blocks.correlation(jnp.asarray(fixed, jnp.float32), jnp.asarray(moved, jnp.float32)))
+    assert found.shape == (2, 3, 4, 5, 27)
+    for b, *place in np.ndindex(2, 3, 4, 5):
+        for n, offset in enumerate(np.ndindex(3, 3, 3)):
+            i, j, k = np.clip(np.array(place) + offset - 1, 0, (2, 3, 4))  # beyond the border: its nearest voxel
+            expected = np.dot(fixed[b, *place], moved[b, i, j, k]) / 6
+            np.testing.assert_allclose(found[b, *place, n], expected, atol=1e-5)
+
+
+def test_srf_tells_a_small_difference_from_a_large_one() -> None:
+    """A norm of every path would make twice the input the same output."""
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(1, 4, 4, 4, 6)), jnp.float32)
+    block = blocks.SRF(8)
+    params = block.init(jax.random.key(0), x)
+    once, twice = block.apply(params, x), block.apply(params, 2 * x)
+    assert float(jnp.abs(twice - once).mean()) > 0.2 * float(jnp.abs(once).mean())
 
 
 def test_diffeomorphic_levels_integrate_what_their_heads_give(monkeypatch: pytest.MonkeyPatch) -> None:

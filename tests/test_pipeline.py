@@ -88,6 +88,39 @@ def test_without_flips_the_images_are_as_they_are(pairs):
             np.testing.assert_allclose(moving, voxels(pairs[index].moving), atol=1e-6)
 
 
+@pytest.mark.parametrize(("common", "own"), [(0.05, 0.0), (0.0, 0.05)])
+def test_images_are_seen_through_random_affine_maps(tmp_path, common, own):
+    """A ramp along axis 0, seen at A (x - centre) + centre + t, is a ramp again: its slope is A's first row."""
+    ramp = np.broadcast_to(np.arange(1, 25, dtype=np.int16)[:, None, None], (24, 20, 16))
+    subjects = []
+    for name in "ab":
+        nib.Nifti1Image(ramp, np.eye(4)).to_filename(tmp_path / f"{name}.nii.gz")
+        subjects.append(Subject(name, tmp_path / f"{name}.nii.gz", None))
+    inner = (slice(8, 16), slice(6, 14), slice(4, 12))
+    x = np.moveaxis(np.indices(ramp.shape)[:, *inner], 0, -1).reshape(-1, 3) - (np.array(ramp.shape) - 1) / 2
+    terms = np.column_stack([x, np.ones(len(x))])
+    found = {"fixed": [], "moving": []}
+    with batches([Pair(*subjects)], {}, batch_size=1, seed=3, affine=(common, own)) as iterator:
+        for batch in itertools.islice(iterator, 60):
+            for role, fits in found.items():
+                values = 24 * batch[role][0, *inner, 0].ravel() - 12.5  # 0 at the centre
+                fits.append(np.linalg.lstsq(terms, values, rcond=None)[0])
+                np.testing.assert_allclose(terms @ fits[-1], values, atol=1e-3)
+    fixed, moving = (np.array(fits) - [1, 0, 0, 0] for fits in found.values())
+    # 60 draws: the standard deviation is known to a tenth. The shift is a quarter of it, in edges of 24 voxels.
+    for fits in (fixed, moving):
+        np.testing.assert_allclose(fits.std(axis=0), [0.05, 0.05, 0.05, 0.05 / 4 * 24], rtol=0.35)
+    if own:
+        assert np.abs(fixed - moving).min(axis=0).max() > 0 and abs(np.corrcoef(fixed[:, 0], moving[:, 0])[0, 1]) < 0.4
+    else:
+        np.testing.assert_array_equal(fixed, moving)
+
+
+def test_what_an_affine_map_brings_in_from_outside_is_0(pairs):
+    images = np.stack([batch["fixed"] for batch in stream(pairs, affine=(0.2, 0.2))])
+    assert images.min() == 0 < (images == 0).mean() < 0.9  # the files have no voxel below 1
+
+
 def test_each_epoch_has_each_pair_once_in_an_order_of_its_own(pairs):
     indices = np.concatenate([batch["index"] for batch in stream(pairs, steps=9)]).reshape(6, 6)
     np.testing.assert_array_equal(np.sort(indices), np.tile(np.arange(6), (6, 1)))
@@ -102,19 +135,22 @@ def test_a_stream_is_given_by_its_seed(pairs):
 
 
 @pytest.mark.parametrize("step", [1, 5])
-def test_a_stream_resumes_at_any_step(pairs, step):
-    assert_same(stream(pairs, STEPS - step, start_step=step), stream(pairs)[step:])
+@pytest.mark.parametrize("affine", [(0.0, 0.0), (0.1, 0.1)])
+def test_a_stream_resumes_at_any_step(pairs, step, affine):
+    resumed = stream(pairs, STEPS - step, start_step=step, affine=affine)
+    assert_same(resumed, stream(pairs, affine=affine)[step:])
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_share_the_global_batches(pairs, count):
-    parts = [stream(pairs, process_index=index, process_count=count) for index in range(count)]
+@pytest.mark.parametrize("affine", [(0.0, 0.0), (0.1, 0.1)])
+def test_processes_share_the_global_batches(pairs, count, affine):
+    parts = [stream(pairs, process_index=index, process_count=count, affine=affine) for index in range(count)]
     joined = [
         {name: np.stack([part[name] for part in step], 1).reshape(-1, *step[0][name].shape[1:]) for name in step[0]}
         for step in zip(*parts, strict=True)
     ]
     assert all(len(batch["index"]) == 4 // count for part in parts for batch in part)
-    assert_same(joined, stream(pairs))
+    assert_same(joined, stream(pairs, affine=affine))
 
 
 def test_worker_processes_read_the_same_stream_and_leave_nothing_behind(pairs, tmp_path):
@@ -136,7 +172,15 @@ def test_worker_processes_read_the_same_stream_and_leave_nothing_behind(pairs, t
             (folder / "found").write_bytes(pickle.dumps(found))
         """)
     )
-    options = {"batch_size": 4, "seed": 11, "flips": (0, 2), "start_step": 2, "process_index": 1, "process_count": 2}
+    options = {
+        "batch_size": 4,
+        "seed": 11,
+        "flips": (0, 2),
+        "affine": (0.05, 0.02),
+        "start_step": 2,
+        "process_index": 1,
+        "process_count": 2,
+    }
     (tmp_path / "job").write_bytes(pickle.dumps((pairs, options)))
     done = subprocess.run(
         [sys.executable, script, tmp_path], capture_output=True, text=True, check=False, timeout=120, env=ENVIRONMENT
@@ -229,6 +273,8 @@ def test_a_pickle_that_differs_is_named_when_it_comes(tmp_path):
         ({"process_index": 2, "process_count": 2}, "process_index 2 is not one of 2"),
         ({"flips": (0, 3)}, r"flips is \(0, 3\)"),
         ({"flips": (1, 1)}, "each once"),
+        ({"affine": (0.1,)}, r"affine is \(0\.1,\); give two"),
+        ({"affine": (0.0, 0.5)}, r"affine is \(0\.0, 0\.5\)"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
