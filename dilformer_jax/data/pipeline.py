@@ -100,7 +100,7 @@ def batches(
     process_count: int = 1,
     workers: int = 0,
     flips: Sequence[int] = (),
-    affine: tuple[float, float] = (0.0, 0.0),
+    affine: Sequence[float] = (0.0, 0.0),
     cache: Path | str | None = None,
 ) -> Batches:
     """Batches of {'fixed', 'moving': (B, D, H, W, 1) float32, 'index': (B,) int32, into `pairs`} from start_step on.
