@@ -133,17 +133,30 @@ def _sliced(x, kernel, dilation):
 
 
 def _kernel_gradient(x, gradient, kernel, dilation):
-    kd, kh, kw, _, _ = kernel.shape
-    d, reach = x.shape[1], dilation * (kd // 2)
-    x = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0), (0, 0)))
-    offsets = [lax.slice_in_dim(x, i * dilation, i * dilation + d, axis=1) for i in range(kd)]
+    kd, kh, kw, c, o = kernel.shape
+    d, h, w = x.shape[1:4]
+    if kd == 1:
+        return jax.vjp(functools.partial(_plane_conv, x, dilation=dilation), kernel[0])[1](gradient)[0][None]
+    deep, high, wide = (dilation * (size // 2) for size in (kd, kh, kw))
     if kh == kw == 1:
+        x = jnp.pad(x, ((0, 0), (deep, deep), (0, 0), (0, 0), (0, 0)))
+        offsets = (lax.slice_in_dim(x, i * dilation, i * dilation + d, axis=1) for i in range(kd))
         return jnp.stack([jnp.einsum("bdhwc,bdhwo->co", offset, gradient) for offset in offsets])[:, None, None]
-    planes = [
-        jax.vjp(functools.partial(_plane_conv, offset, dilation=dilation), kernel[0])[1](gradient)[0]
-        for offset in offsets
-    ]
-    return jnp.stack(planes)
+    # Slab by slab, so that no copy of the volume is made for each of the kernel's voxels: a matrix product for each row
+    # of the kernel, between its shifts in width of the slab and the gradients of the slabs that it reaches in depth.
+    x = jnp.pad(x, ((0, 0), (0, 0), (high, high), (wide, wide), (0, 0)))
+    gradient = jnp.pad(gradient, ((0, 0), (deep, deep), (0, 0), (0, 0), (0, 0)))
+
+    def add_slab(total, index):
+        slab = lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
+        reached = lax.dynamic_slice_in_dim(gradient, index, 2 * deep + 1, axis=1)
+        reached = jnp.concatenate([reached[:, 2 * deep - i * dilation] for i in range(kd)], axis=-1)
+        shifted = jnp.concatenate([slab[:, :, k * dilation : k * dilation + w] for k in range(kw)], axis=-1)
+        rows = [shifted[:, j * dilation : j * dilation + h].reshape(-1, kw * c) for j in range(kh)]
+        return total + jnp.stack([row.T @ reached.reshape(-1, kd * o) for row in rows]), None
+
+    total, _ = lax.scan(add_slab, jnp.zeros((kh, kw * c, kd * o), kernel.dtype), jnp.arange(d))
+    return jnp.moveaxis(total.reshape(kh, kw, c, kd, o), 3, 0)
 
 
 # --- stride 2 ---
