@@ -4,7 +4,7 @@
 
     python -m dilformer_jax.train --config configs/demo.py --workdir runs/demo
 
-Expected: mean Dice of the 30 ordered validation pairs from 0.511 to 0.702 (experiments/results/demo.md). With
+Expected: mean Dice of the 30 ordered validation pairs from 0.511 to 0.695 (experiments/results/demo.md). With
 `:tiny`, a few steps of a small network on small phantoms: a test of the plumbing that learns nothing.
 """
 
