@@ -18,9 +18,9 @@ def get_config(argument: str = "") -> ConfigDict:
             "seed": 0,
             "batch_size": 0,
             "bidirectional": True,
-            "total_steps": 300,
+            "total_steps": 360,
             "log_every": 10,
-            "validate_every": 100,
+            "validate_every": 120,
             "checkpoint_every": 40,
             "validation_pairs": 6,
             "model": {

@@ -114,6 +114,9 @@ LEARNING = (
     "--config.validate_every=32",
     "--config.checkpoint_every=32",
     "--config.optimiser.learning_rate=0.01",
+    "--config.loss.regulariser_weight=1.0",
+    "--config.data.flips=()",
+    "--config.data.affine=0.0,0.0",
 )
 
 
