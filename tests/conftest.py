@@ -24,3 +24,42 @@ def shared_data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"the real brains are not at {DATA}")
     return DATA
+
+
+# --- Runs of the training command that several test files look at, each made once ---
+# Imported where they are made: pytest has then begun to check the shapes of what is imported.
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantoms of `demo.py:tiny`."""
+    from dilformer_jax.data import sources
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    sources.phantoms(folder, train=2, validation=2, shape=(32, 32, 32), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """The workdir of a run of `training_runs.WHOLE` that nothing disturbed."""
+    import training_runs as runs
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    runs.finish(runs.start(runs.training(folder, phantoms, *runs.WHOLE)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def devices(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> dict[int, Path]:
+    """Workdirs of `training_runs.FIVE`, by the number of devices."""
+    import training_runs as runs
+
+    found = {count: tmp_path_factory.mktemp("devices") / str(count) for count in (1, 4)}
+    # Side by side: most of their time is a compiler's, which uses one core.
+    starts = (
+        runs.start(runs.training(path, phantoms, *runs.FIVE), env=runs.environment(count))
+        for count, path in found.items()
+    )
+    runs.finish(*starts)
+    return found

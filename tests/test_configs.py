@@ -182,9 +182,8 @@ def check(workdir: Path, lowest: float, highest: float) -> None:
     assert lines[-1]["displacement_p95"] > 0
 
 
-def test_demo_trains(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_demo_trains(workdir: Path) -> None:
     """By its own command, for as many steps as the other tests ask for."""
-    workdir = runs.whole(tmp_path_factory.getbasetemp())
     assert len(runs.losses(workdir)) == runs.STEPS
     assert logs.read(workdir / "metrics.jsonl")[0]["dice_identity"] == pytest.approx(0.5174, abs=2e-3)
 

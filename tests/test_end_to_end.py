@@ -23,16 +23,6 @@ from dilformer_jax.training import checkpoint, logs
 DEMO = runs.ROOT / "configs" / "demo.py"
 
 
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.phantoms(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.whole(tmp_path_factory.getbasetemp())
-
-
 def dilformer(*arguments: object) -> None:
     """The `dilformer` command, in this process."""
     with pytest.MonkeyPatch.context() as patch:

@@ -6,21 +6,10 @@ import socket
 from pathlib import Path
 
 import numpy as np
-import pytest
 import training_runs as runs
 
 from dilformer_jax.models import bundle
 from dilformer_jax.training import checkpoint
-
-
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.phantoms(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    return runs.one_and_four(tmp_path_factory.getbasetemp())
 
 
 def of_gloo(line: str) -> bool:

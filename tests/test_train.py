@@ -16,21 +16,6 @@ from dilformer_jax.models import bundle
 from dilformer_jax.training import checkpoint, logs
 
 
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.phantoms(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    return runs.one_and_four(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.whole(tmp_path_factory.getbasetemp())
-
-
 def test_a_killed_run_ends_as_one_never_killed(workdir: Path, tmp_path: Path, phantoms: Path) -> None:
     """Killed twice: as soon as it has done a step, and between two checkpoints or while one is written."""
     again = tmp_path / "again"

@@ -1,6 +1,5 @@
-"""Training runs that several test files look at, each made once, by the command itself in a process of its own."""
+"""The training command in a process of its own: started, awaited, killed, and what its log says."""
 
-import functools
 import json
 import os
 import subprocess
@@ -8,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-from dilformer_jax.data import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 600  # seconds, for a machine that does much else
@@ -81,28 +78,3 @@ def last_step(workdir: Path) -> int:
 def losses(workdir: Path) -> list[float]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
-
-
-@functools.cache
-def phantoms(base: Path) -> Path:
-    """The phantoms of `demo.py:tiny`. `base` is pytest's own folder for this session."""
-    folder = base / "shared-phantoms"
-    sources.phantoms(folder, train=2, validation=2, shape=(32, 32, 32), seed=0)
-    return folder
-
-
-@functools.cache
-def whole(base: Path) -> Path:
-    """The workdir of a run of `WHOLE` that nothing disturbed."""
-    folder = base / "shared-whole"
-    finish(start(training(folder, phantoms(base), *WHOLE)))
-    return folder
-
-
-@functools.cache
-def one_and_four(base: Path) -> dict[int, Path]:
-    """Workdirs of `FIVE`, by the number of devices."""
-    found = {count: base / f"shared-devices-{count}" for count in (1, 4)}
-    # Side by side: most of their time is a compiler's, which uses one core.
-    finish(*(start(training(path, phantoms(base), *FIVE), env=environment(count)) for count, path in found.items()))
-    return found

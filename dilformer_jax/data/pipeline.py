@@ -108,8 +108,9 @@ def batches(
     The stream goes through all pairs in an order that the seed and the epoch give, without an end; each of the axes in
     `flips` (0, 1, 2) is reversed in both images of a pair or in neither, with probability 1/2. Then each image is seen
     through a random affine map about its centre: `affine` holds the standard deviations of the entries of its matrix's
-    difference from the identity, first of a map common to both images, then of one that each has of its own; it is
-    moved by a quarter of that of its edges. What comes from outside is 0.
+    difference from the identity, first of a map common to both images, then of one that each has of its own. Each
+    map also shifts, along each axis, by a random part of the volume's edge, whose standard deviation is a quarter of
+    that. What comes from outside is 0.
     `batch_size` is that of all processes together and B = batch_size / process_count. At any step, process p of n has
     the examples p, p + n, p + 2n ... of what a single process would have: the concatenation of the n parts is the same
     examples, ordered by p; `np.stack(parts, 1)`, its first two axes merged, is the single process's batch as it was.
@@ -186,24 +187,24 @@ def _flipped(example: dict[str, np.ndarray], generator: np.random.Generator, axe
 def _seen_affinely(
     example: dict[str, np.ndarray], generator: np.random.Generator, common: float, own: float
 ) -> dict[str, np.ndarray]:
-    maps = {role: _random_affine(generator, own) for role in ("fixed", "moving")}
-    shared = _random_affine(generator, common)
+    edges = _extent(example["fixed"])
+    maps = {role: _random_affine(generator, own, edges) for role in ("fixed", "moving")}
+    shared = _random_affine(generator, common, edges)
     return example | {role: _resampled(example[role], shared @ of_its_own) for role, of_its_own in maps.items()}
 
 
-def _random_affine(generator: np.random.Generator, deviation: float) -> np.ndarray:
-    """4 x 4, about the centre, translations as parts of the edges."""
+def _random_affine(generator: np.random.Generator, deviation: float, edges: tuple[int, int, int]) -> np.ndarray:
+    """4 x 4, in voxels from the centre."""
     affine = np.eye(4)
     affine[:3, :3] += deviation * generator.standard_normal((3, 3))
-    affine[:3, 3] = deviation / 4 * generator.standard_normal(3)
+    affine[:3, 3] = deviation / 4 * generator.standard_normal(3) * edges
     return affine
 
 
 def _resampled(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """The image (d, h, w, 1) read trilinearly at affine(x), both about the centre."""
-    edges = np.array(image.shape[:3])
-    centre, matrix = (edges - 1) / 2, affine[:3, :3]
-    offset = centre - matrix @ centre + affine[:3, 3] * edges
+    centre, matrix = (np.array(_extent(image)) - 1) / 2, affine[:3, :3]
+    offset = centre - matrix @ centre + affine[:3, 3]
     return ndimage.affine_transform(image[..., 0], matrix, offset, order=1)[..., None]
 
 

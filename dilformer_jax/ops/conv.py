@@ -155,8 +155,10 @@ def _kernel_gradient(x, gradient, kernel, dilation):
         rows = [shifted[:, j * dilation : j * dilation + h].reshape(-1, kw * c) for j in range(kh)]
         return total + jnp.stack([row.T @ reached.reshape(-1, kd * o) for row in rows]), None
 
-    total, _ = lax.scan(add_slab, jnp.zeros((kh, kw * c, kd * o), kernel.dtype), jnp.arange(d))
-    return jnp.moveaxis(total.reshape(kh, kw, c, kd, o), 3, 0)
+    # Summed in float32 at least, however coarse the numbers are.
+    zeros = jnp.zeros((kh, kw * c, kd * o), jnp.promote_types(kernel.dtype, jnp.float32))
+    total, _ = lax.scan(add_slab, zeros, jnp.arange(d))
+    return jnp.moveaxis(total.reshape(kh, kw, c, kd, o), 3, 0).astype(kernel.dtype)
 
 
 # --- stride 2 ---
