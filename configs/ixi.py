@@ -38,6 +38,8 @@ def get_config(argument: str = "") -> ConfigDict:
                     "srf": True,
                     "correlation": True,
                     "attention": "channels",
+                    "heads": 4,
+                    "window": (5, 6, 5),  # of attention "windows"
                 },
             },
             "data": {

@@ -24,6 +24,9 @@ from dilformer_jax.registration.evaluation import DEFINITION, Method, method_of
 from dilformer_jax.registration.pipeline import keywords, load_predictor, read_config, warp_image, warp_labels
 from dilformer_jax.reporting import figures, html, provenance, tables
 
+# What depends on the number of pairs and on their labels.
+PICTURES = ("first.png", "best.png", "median.png", "worst.png", "dice_per_label.png")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; `argv` (sys.argv unless given) begins with the program's name."""
@@ -35,10 +38,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     protocol, pairs, labels = _protocol(options)
     method = _method(options)
     evaluation.check(pairs, method)
-    output = options.output or (options.workdir or Path()) / "evaluation"
+    output = options.output or (options.workdir or Path()) / _folder(options)
     title = f"{method.name}, {protocol}"
 
-    with staged(output) as folder:
+    with staged(output, PICTURES) as folder:
         rows: list[dict[str, Any]] = []
         start = time.perf_counter()
         for row in evaluation.scores(pairs, labels, method):
@@ -85,11 +88,19 @@ def _parser() -> cli.Arguments:
     parser.add_argument("--method", choices=("identity",), help="doing nothing")
     pairs = parser.add_mutually_exclusive_group()
     pairs.add_argument("--protocol", metavar="DATASET-SPLIT", help="e.g. lpba40-validation; needs --data")
-    pairs.add_argument("--pairs", type=Path, metavar="CSV", help="columns fixed,moving,fixed_labels,moving_labels")
+    pairs.add_argument("--pairs", type=Path, metavar="CSV", help="its pairs, or those whose split is test")
     parser.add_argument("--data", type=Path, help="folder of the data set")
     parser.add_argument("--labels", type=_label_list, metavar="21-34,41", help="labels to score, else the data set's")
-    parser.add_argument("--output", type=Path, help="folder for the results (WORKDIR/evaluation or ./evaluation)")
+    parser.add_argument(
+        "--output", type=Path, help="folder for the results (WORKDIR/evaluation, with what was asked for in its name)"
+    )
     return parser
+
+
+def _folder(options: argparse.Namespace) -> str:
+    """Where results go that nobody has named a place for: two questions about one run do not overwrite each other."""
+    pairs = options.pairs.stem if options.pairs else options.protocol
+    return "-".join(part for part in ("evaluation", options.method, pairs) if part)
 
 
 def _label_list(text: str) -> tuple[int, ...]:

@@ -9,8 +9,7 @@ from typing import Any
 from dilformer_jax import cli, models
 from dilformer_jax.data import pipeline, sources
 from dilformer_jax.data.preprocessing import resolved
-from dilformer_jax.io.geometry import orientation
-from dilformer_jax.io.volumes import BadInput, open_nifti
+from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.models import bundle
 from dilformer_jax.registration.pipeline import read_config
 from dilformer_jax.reporting import provenance
@@ -30,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     description: dict[str, Any] = {
         "network": {"name": config["model"]["name"], "options": _options(config["model"])},
         "preprocessing": resolved(config["data"]["preprocessing"]),
-        "grid": _grid(config, dataset),
+        "grid": pipeline.common_grid(dataset.train, config["data"]["preprocessing"]),
         "labels": list(dataset.labels),
         "training": {
             "dataset": config["data"]["name"],
@@ -80,20 +79,6 @@ def _dataset(config: Mapping[str, Any], moved_to: Path | None) -> sources.Datase
             "names the labels and the licence of its data."
         )
     return sources.DATASETS[config["data"]["name"]](directory, **config["data"]["options"])
-
-
-def _grid(config: Mapping[str, Any], dataset: sources.Dataset) -> dict[str, Any]:
-    """The grid of the training images, and the shape in which they reached the network."""
-    settings = resolved(config["data"]["preprocessing"])
-    subject = dataset.train[0].fixed
-    shape = pipeline.common_shape(dataset.train, settings)
-    axes = None if subject.image.suffix == ".pkl" else orientation(open_nifti(subject.image).affine)
-    return {
-        "shape": [size * settings["downsample"] for size in shape],
-        "spacing_mm": [round(size, 6) for size in pipeline.spacing(subject)],
-        "orientation": axes,
-        "network_shape": list(shape),
-    }
 
 
 def _validation(workdir: Path, step: int) -> dict[str, Any]:

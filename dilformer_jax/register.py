@@ -29,6 +29,8 @@ CONVENTION = """\
 field.nii.gz takes a point p of the fixed image, in mm, to p + field(p) of the moving image: ANTs and ITK resample the
 moving image onto the fixed grid with it as it is (LPS mm, both headers included). inverse_field.nii.gz goes back."""
 
+OPTIONAL = ("moved_labels.nii.gz", "report.html")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; `argv` (sys.argv unless given) begins with the program's name."""
@@ -48,7 +50,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     predictor.check_shape(fixed.array.shape, fixed.path)
     warnings = _unlike_training(predictor, fixed)
 
-    with staged(options.output) as folder:
+    with staged(options.output, OPTIONAL) as folder:
         start = time.perf_counter()
         predictor.compile(fixed.array.shape, fixed.path)
         compiling = time.perf_counter() - start
@@ -104,7 +106,8 @@ def _unlike_training(predictor: Predictor, fixed: Volume) -> list[str]:
     if predictor.grid is None:
         return []
     found = {
-        "orientation": (orientation(fixed.affine), predictor.grid["orientation"]),
+        # Pickles, which have no orientation, say nothing to compare with.
+        "orientation": (orientation(fixed.affine), predictor.grid["orientation"] or orientation(fixed.affine)),
         "spacing in mm": (
             [round(x, 2) for x in spacing(fixed.affine)],
             [round(float(x), 2) for x in predictor.grid["spacing_mm"]],

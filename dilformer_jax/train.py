@@ -1,11 +1,13 @@
 """Trains a registration network: `python -m dilformer_jax.train --config configs/demo.py --workdir runs/demo`."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import inspect
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from dilformer_jax.io.volumes import BadInput, replacing
 from dilformer_jax.ops import metrics
 from dilformer_jax.registration import evaluation
 from dilformer_jax.registration.pipeline import Predictor, keywords
-from dilformer_jax.reporting import figures
+from dilformer_jax.reporting import figures, provenance, tables
 from dilformer_jax.training import checkpoint, logs, parallel, state
 
+RECORD = "run.json"
 # What may change between two starts of one run: where the data lie and how they are read, not what is computed.
 CHANGEABLE = ("data.directory", "data.cache", "data.workers")
 
@@ -34,8 +37,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
     first = jax.process_index() == 0
     mesh = parallel.mesh()
     replicated, sharded = parallel.shardings(mesh)
-    batch_size = config.batch_size or jax.device_count()
+    with config.unlocked():
+        # As it is now: started again on other devices, 0 would come to mean other batches.
+        config.batch_size = config.batch_size or jax.device_count()
+    batch_size = config.batch_size
     _check(config, batch_size)
+    try:
+        module = models.create(config.model.name, **keywords(config.model.options.to_dict()))
+    except ValueError as error:
+        raise BadInput(f"config.model: {error}") from error
 
     # --- Data ---
     source, options = sources.DATASETS[config.data.name], keywords(config.data.options.to_dict())
@@ -50,21 +60,24 @@ def train(config: ConfigDict, workdir: Path) -> None:
     pairs = sources.split(dataset, "train")
     held_out = _spread(sources.split(dataset, "validation"), config.validation_pairs)
     evaluation.check([*pairs, *held_out], evaluation.method_of(None))
-    shape = pipeline.common_shape(pairs, preprocessing, cache=cache)
+    grid = pipeline.common_grid(pairs, preprocessing, cache=cache)
+    shape = tuple(grid["network_shape"])
 
     # --- Network, optimiser, step ---
-    try:
-        module = models.create(config.model.name, **keywords(config.model.options.to_dict()))
-    except ValueError as error:
-        raise BadInput(f"config.model: {error}") from error
     if any(size % module.downsampling for size in shape):
         raise BadInput(
             f"The images of {config.data.directory} reach the network as {shape} voxels "
             f"and {config.model.name} needs multiples of {module.downsampling}; "
             "set data.preprocessing.crop_to, or fewer levels."
         )
-    transformation = state.optimiser(total_steps=config.total_steps, **config.optimiser.to_dict())
-    now = jax.device_put(state.initial(module, transformation, config.seed), replicated)
+    try:
+        transformation = state.optimiser(total_steps=config.total_steps, **config.optimiser.to_dict())
+    except TypeError as error:
+        raise BadInput(f"config.optimiser: {error}") from error
+    try:
+        now = jax.device_put(state.initial(module, transformation, config.seed), replicated)
+    except ValueError as error:
+        raise BadInput(f"config.model: {error}") from error
     step_once = state.step_function(
         module,
         transformation,
@@ -75,14 +88,19 @@ def train(config: ConfigDict, workdir: Path) -> None:
     image = jax.ShapeDtypeStruct((batch_size, *shape, 1), jnp.float32, sharding=sharded)
     try:
         jax.eval_shape(step_once, now, {"fixed": image, "moving": image})
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise BadInput(f"config.model or config.loss: {error}") from error
     predictor = Predictor(module, now.params, preprocessing, config.model.name, "")
 
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
         # --- Resume: the restored state, and the log as it was at that step ---
         done = checkpoints.latest_step()
+        began = _record(pairs, grid)
+        if done is not None:
+            _check_record(workdir, began, config.data.directory)
         _write_config(config, workdir, resuming=done is not None, writing=first)
+        if first:
+            tables.write_json(workdir / RECORD, began)
         log = logs.MetricLog(workdir, writing=first)
         log.cut(-1 if done is None else done)
         if done is not None:
@@ -107,6 +125,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             progress.print(
                 f"from step {start} of {config.total_steps}, global batch {batch_size}, network input {shape}"
             )
+            if set(held_out) & set(pairs):
+                progress.print("validation is on training pairs: its Dice says nothing about images not trained on")
             if done is None:
                 scores = _validate(predictor, now.params, held_out, dataset.labels)
                 log.write(0, **scores)
@@ -121,13 +141,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 images = {name: batch[name] for name in ("fixed", "moving")}
                 now, measured = step_once(now, parallel.to_devices(images, sharded))
                 seen.append({name: float(value) for name, value in jax.device_get(measured).items()})
-                if not math.isfinite(seen[-1]["loss"]):
-                    names = ", ".join(pairs[index].name for index in batch["index"])
-                    raise BadInput(
-                        f"The loss is {seen[-1]['loss']} at step {step}, on {names}; look at these images, "
-                        f"or lower optimiser.learning_rate ({config.optimiser.learning_rate}), then start "
-                        "again from the last checkpoint."
-                    )
+                # The gradient's norm too: what a gradient has spoilt the loss shows only a step later, when it may have
+                # been saved.
+                for name in ("loss", "gradient_norm"):
+                    if not math.isfinite(seen[-1][name]):
+                        names = ", ".join(pairs[index].name for index in batch["index"])
+                        raise BadInput(
+                            f"The {name.replace('_', ' ')} is {seen[-1][name]} at step {step}, on {names}; mend these "
+                            "images and start again, which goes on from the last checkpoint, or train anew in another "
+                            f"--workdir with a lower optimiser.learning_rate than {config.optimiser.learning_rate}."
+                        )
                 last = step == config.total_steps
                 if step % config.log_every == 0 or last:
                     means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
@@ -153,7 +176,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 def _check(config: ConfigDict, batch_size: int) -> None:
     devices = jax.device_count()
-    if batch_size % devices:
+    if batch_size < 1 or batch_size % devices:
         raise BadInput(
             f"batch_size {batch_size} does not divide among {devices} devices; "
             "make it a multiple, or 0 for one pair each."
@@ -163,6 +186,9 @@ def _check(config: ConfigDict, batch_size: int) -> None:
     for name in ("total_steps", "log_every", "validate_every", "checkpoint_every"):
         if config[name] < 1:
             raise BadInput(f"{name} is {config[name]}; make it 1 or more.")
+    for name, value in (("validation_pairs", config.validation_pairs), ("data.workers", config.data.workers)):
+        if value < 0:
+            raise BadInput(f"{name} is {value}; make it 0 or more.")
     if not 0 <= config.seed < 2**32:
         raise BadInput(f"seed is {config.seed}; give one from 0 to 2**32 - 1.")
     for name in ("validate_every", "checkpoint_every"):
@@ -194,7 +220,9 @@ def _validate(
             "folding_percent": metrics.folding_percent(case.displacement),
         }
         rows.append(row | evaluation.overlap(case, labels))
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    # Pairs without labels, or without a structure in common, have no Dice and are in no mean of it.
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
 def _sentence(step: int, scores: dict[str, float]) -> str:
@@ -203,7 +231,9 @@ def _sentence(step: int, scores: dict[str, float]) -> str:
     if "regulariser_share" in scores:
         shown.append(f"regulariser {100 * scores['regulariser_share']:.0f} % of the loss")
         if scores["displacement_p95"] < 0.05:
-            shown.append("the network still gives the identity: lower loss.regulariser_weight, or look at the images")
+            shown.append(
+                "it is still the identity: look at the images, or train anew with a lower loss.regulariser_weight"
+            )
     return f"validation at step {step}: {', '.join(shown)}"
 
 
@@ -226,6 +256,29 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
         workdir.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             partial.write_text(json.dumps(new, indent=2) + "\n")
+
+
+def _record(pairs: Sequence[sources.Pair], grid: dict[str, Any]) -> dict[str, Any]:
+    """By which program the run was last started, on which pairs, and their grid, which `register` compares."""
+    names = "\n".join(pair.name for pair in pairs)
+    return {
+        "command": provenance.command("train", None),
+        "versions": provenance.versions(),
+        "devices": parallel.describe(),
+        "pairs": {"number": len(pairs), "sha256": hashlib.sha256(names.encode()).hexdigest()},
+        "grid": grid,
+    }
+
+
+def _check_record(workdir: Path, record: dict[str, Any], directory: str) -> None:
+    """A folder that has won or lost a subject would silently continue the run on another stream of pairs."""
+    path = workdir / RECORD
+    old = json.loads(path.read_text())["pairs"] if path.is_file() else record["pairs"]
+    if old != record["pairs"]:
+        raise BadInput(
+            f"{workdir} was trained on {old['number']} pairs and {directory} now gives {record['pairs']['number']}, or "
+            "others; bring back the files that there were, or use another --workdir."
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -166,6 +166,25 @@ def test_staged_output_is_whole_or_absent(tmp_path: Path):
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
+    # A folder is in the way of the second file: the first is not written either.
+    output = tmp_path / "output"
+    (output / "b").mkdir(parents=True)
+    (output / "a").write_text("old")
+    with pytest.raises(BadInput, match="output/b is a folder where a file"), staged(output) as folder:
+        (folder / "a").write_text("new"), (folder / "b").write_text("new")
+    assert (output / "a").read_text() == "old" and len(list(output.iterdir())) == 2
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_this_ones(tmp_path: Path):
+    for name in ("report", "notes", "field"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(KeyError), staged(tmp_path, ("report", "field")):
+        raise KeyError
+    assert (tmp_path / "report").read_text() == "old"
+    with staged(tmp_path, ("report", "field")) as folder:
+        (folder / "field").write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"notes": "old", "field": "new"}
+
 
 def _path() -> dict[str, str]:
     import os

@@ -358,6 +358,7 @@ def test_losses_refuse_unknown_options(unchecked):
         ({"similarity": "ssim"}, "got 'ssim'"),
         ({"regulariser": "none"}, "got 'none'"),
         ({"windows": (5, 3)}, "got 1 weights and 2 windows"),
+        ({"finest": -1}, "or coarser, got -1"),
     )
     for wrong, sentence in wrongs:
         with pytest.raises(ValueError, match=sentence):

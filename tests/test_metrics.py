@@ -114,6 +114,11 @@ def test_labels_may_be_few_large_or_negative():
     np.testing.assert_array_equal(metrics.dice(fixed, fixed, [12175, -7, 11]), [1, 1, np.nan])
     assert metrics.dice(fixed, fixed, []).shape == (0,)
     assert metrics.hd95(fixed, fixed, [], (1, 1, 1)).shape == (0,)
+    # Ids as large as those of an atlas of the mouse brain: one by one they would be counted in gigabytes.
+    atlas = cube((6, 6, 6), (0, 0, 0), (2, 2, 2), 1) + cube((6, 6, 6), (3, 3, 3), (2, 2, 2), 2_000_000_000)
+    shifted = np.roll(atlas, 1, axis=0)
+    np.testing.assert_array_equal(metrics.dice(atlas, shifted, [2_000_000_000, 5, 1]), [0.5, np.nan, 0.5])
+    np.testing.assert_array_equal(metrics.hd95(atlas, shifted, [2_000_000_000, 5, 1], (1, 1, 1)), [1, np.nan, 1])
     # An unsigned map holds no negative label, and asking for one must not wrap around.
     unsigned = np.full((3, 3, 3), 249, np.uint8)
     np.testing.assert_array_equal(metrics.dice(unsigned, unsigned, [-7, 249]), [np.nan, 1])

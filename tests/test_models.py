@@ -256,14 +256,31 @@ def test_unknown_networks_and_options_are_named(name: str, options: dict[str, An
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dilformer": "both"}, "'streams', 'fused' or 'plain', got 'both'"),
-        ({"attention": "global"}, "attention is 'channels' or 'windows', got 'global'"),
+        ({"dilformer": "both"}, "one of \\('streams', 'fused', 'plain'\\), got 'both'"),
+        ({"attention": "global"}, "attention is one of \\('channels', 'windows'\\), got 'global'"),
         ({"heads": 3}, "3 attention heads do not divide a width of 8 channels"),
+        ({"width": 0}, "width is 1 or more, got 0"),
+        ({"levels": 0}, "levels is 1 or more, got 0"),
+        ({"finest": -1}, "finest is 0 or more, got -1"),
+        ({"recursions": 0}, "recursions is 1 or more, got 0"),
     ],
 )
 def test_options_that_do_not_exist_are_named(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        shapes(models.create("dilformer", width=4, levels=2, **options))
+        shapes(models.create("dilformer", **{"width": 4, "levels": 2, **options}))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"down": (4,), "up": (4, 4)}, r"up as often as down, or less often, got \(4, 4\) after \(4,\)"),
+        ({"down": ()}, "as often as down"),
+        ({"final": (0,)}, "channels are 1 or more"),
+    ],
+)
+def test_a_u_net_without_a_shape_is_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        models.create("voxelmorph", **options)
 
 
 @pytest.mark.parametrize(("name", "multiple"), [("dilformer", 8), ("voxelmorph", 16)])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import dilformer_jax
-from dilformer_jax.data.pipeline import batches, common_shape, load, spacing
+from dilformer_jax.data.pipeline import batches, common_grid, common_shape, load, spacing
 from dilformer_jax.data.sources import Pair, Subject, ordered_pairs
 from dilformer_jax.io.volumes import BadInput
 
@@ -228,6 +228,19 @@ def test_a_batch_is_the_readers_own_to_change(pairs):
         batch = next(iterator)
         batch["fixed"][:] = 7
     assert load(pairs[batch["index"][0]].fixed, {})[0].max() == 1
+
+
+def test_the_common_grid_is_that_of_the_files(pairs, tmp_path):
+    path = tmp_path / "p.pkl"
+    path.write_bytes(pickle.dumps((np.ones((2, 4, 6)), np.zeros((2, 4, 6), int))))
+    pickled = Subject("p", path, path)
+    assert common_grid([Pair(pickled, pickled)], {"downsample": 2}) == {
+        "shape": [2, 4, 6],
+        "spacing_mm": [1, 1, 1],
+        "orientation": None,
+        "network_shape": [1, 2, 3],
+    }
+    assert common_grid(pairs, {"downsample": 2, "crop_to": (6, 6, 6)})["shape"] == [6, 6, 6]
 
 
 def test_the_common_shape_is_that_of_the_networks_input(pairs, tmp_path):

@@ -62,14 +62,6 @@ def test_downsampling_averages_the_normalised_image_and_leaves_the_labels(tmp_pa
     assert image.shape == (8 // factor, 12 // factor, 4 // factor, 1) and labels.shape == (8, 12, 4)
 
 
-@pytest.mark.parametrize("factor", [2, 4])
-def test_labels_are_downsampled_by_majority_when_asked(tmp_path, factor):
-    labels = load(subject(tmp_path), {"downsample": factor, "labels": "downsampled"})[1]
-    for place, block in blocks(LABELS, factor).items():
-        assert labels[place] == np.bincount(block).argmax()  # argmax: the smallest of the most frequent
-    assert labels.shape == (8 // factor, 12 // factor, 4 // factor) and labels.dtype == np.int32
-
-
 def test_a_box_is_cut_around_the_middle_of_what_is_not_zero(tmp_path):
     image = np.zeros((10, 12, 6), np.int16)
     image[3:8, 9:12, 1:3] = np.arange(1, 31).reshape(5, 3, 2)
@@ -103,6 +95,7 @@ def test_the_box_is_cut_before_the_intensities_are_scaled(tmp_path):
         ({"downsample": 3}, "preprocessing.downsample is 3; choose one of 1, 2, 4"),
         ({"normalise": "zscore"}, "'zscore'; choose one of 'max'"),
         ({"crop_to": (8, 8)}, "three positive numbers"),
+        ({"crop_to": 8}, "three positive numbers"),
         ({"crop_to": (8, 10, 5), "downsample": 2}, "a_t1.nii.gz is 8x10x5 after cropping, which downsample=2 does not"),
     ],
 )

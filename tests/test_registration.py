@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from dilformer_jax.registration import pipeline
 from dilformer_jax.registration.pipeline import Predictor
 from dilformer_jax.training import checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
 BIG = 2**24 + 1  # the first whole number that float32 has not
 TINY = {"down": [2], "up": [2], "final": [2]}
 
@@ -389,6 +391,30 @@ def test_a_grid_unlike_that_of_training_is_told(inputs: Path, tmp_path: Path, ca
     assert "has spacing in mm [1.0, 1.5, 2.0] where the network was trained with [1.0, 1.0, 1.0]" in told
 
 
+def test_the_example_of_the_readme_runs(inputs: Path, tmp_path: Path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for name, source in (("S35_t1.nii.gz", "fixed.nii.gz"), ("S36_t1.nii.gz", "moving.nii.gz"), ("weights", "weights")):
+        (tmp_path / name).symlink_to(inputs / source)
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(code, found)
+    assert np.ptp(found["result"].moved) > 0.1 and found["moved"].shape == (15, 18, 13)
+    np.testing.assert_allclose(found["moved"], found["result"].moved, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "folder"),
+    [
+        (["--workdir", "run"], "evaluation"),
+        (["--workdir", "run", "--method", "identity"], "evaluation-identity"),
+        (["--workdir", "run", "--protocol", "lpba40-test", "--data", "d"], "evaluation-lpba40-test"),
+        (["--method", "identity", "--pairs", "data/mine.csv"], "evaluation-identity-mine"),
+    ],
+)
+def test_what_is_asked_of_a_run_does_not_overwrite_what_was_asked_before(asked: list[str], folder: str):
+    assert evaluate._folder(evaluate._parser().parse_args(asked)) == folder
+
+
 def test_load_predictor(inputs: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="either weights or a workdir"):
         pipeline.load_predictor()
@@ -409,6 +435,9 @@ def test_a_workdir_and_its_bundle_are_the_same_network(inputs: Path, tmp_path: P
     assert run.module == shipped.module and run.sha256 == shipped.sha256 and run.preprocessing == shipped.preprocessing
     np.testing.assert_array_equal(*(p.displacement(image((9, 8, 7)), image((9, 8, 7), 1)) for p in (run, shipped)))
     assert pipeline.read_config(tmp_path)["data"]["options"] == {"shape": (40, 40, 40)}
+    assert run.grid is None and shipped.grid == description["grid"]
+    (tmp_path / "run.json").write_text(json.dumps({"grid": description["grid"]}))
+    assert pipeline.load_predictor(workdir=tmp_path).grid == description["grid"]
 
 
 def pairs_file(inputs: Path, path: Path, *rows: tuple[str, ...]) -> Path:
@@ -553,7 +582,7 @@ def test_export_describes_the_run(tmp_path: Path, capsys, monkeypatch):
     loaded, description = bundle.load(tmp_path / "weights")
     np.testing.assert_array_equal(loaded["head"]["kernel"], params["head"]["kernel"])
     assert description["network"] == {"name": "voxelmorph", "options": {"down": [2], "up": [2], "final": [32, 16, 16]}}
-    assert description["preprocessing"] == {"normalise": "max", "downsample": 2, "crop_to": None, "labels": "full"}
+    assert description["preprocessing"] == {"normalise": "max", "downsample": 2, "crop_to": None}
     assert description["grid"] == {
         "shape": [16, 18, 14],
         "spacing_mm": [1, 1.5, 2],

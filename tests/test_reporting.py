@@ -485,3 +485,9 @@ def test_csv_rows_are_the_csv(results):
     assert len(rows) == len(PAIRS) * len(LABELS)
     for row, read in zip(rows, csv_of(results[0] / "results.csv"), strict=True):
         assert {key: "" if value != value else str(value) for key, value in row.items()} == read
+
+
+def test_a_pair_without_labels_says_so():
+    rows = tables.csv_rows([*PAIRS, {"name": "unseen", "fixed": "A", "moving": "C"}], LABELS)
+    assert {row["state"] for row in rows if row["pair"] == "unseen"} == {"unlabelled"}
+    assert {row["state"] for row in rows if row["pair"] != "unseen"} == {"present", "absent", "vanished"}

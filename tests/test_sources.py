@@ -153,6 +153,17 @@ def test_pairs_csv_starts_at_its_own_folder(tmp_path):
     assert second.fixed.labels is None and dataset.labels == (5, 7, 9)
 
 
+def test_pairs_csv_may_say_which_split_a_row_is_in(tmp_path):
+    paths = {name: write(tmp_path / f"{name}.nii.gz") for name in "abcd"}
+    table = tmp_path / "pairs.csv"
+    rows = ("a,b,train", "b,a,train", "c,d,validation", "d,c, test ")
+    table.write_text("\n".join(["fixed,moving,split", *(f"{row[0]}.nii.gz,{row[2]}.nii.gz,{row[4:]}" for row in rows)]))
+    dataset = pairs_csv(table)
+    assert names(dataset.train) == ["b_to_a", "a_to_b"]
+    assert names(dataset.validation) == ["d_to_c"] and names(dataset.test) == ["c_to_d"]
+    assert dataset.test[0].moving.image == paths["c"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -161,6 +172,8 @@ def test_pairs_csv_starts_at_its_own_folder(tmp_path):
         ("fixed,moving\na.nii\n", "row 2: moving is empty"),
         ("fixed,moving,fixed_labels,moving_labels\na.nii,b.nii,a.nii,\n", "row 2 has only one of the two label maps"),
         ("target,source\na.nii,b.nii\n", "has the columns target, source; it needs fixed and moving"),
+        ("fixed,moving,split\na.nii,b.nii,train\na.nii,b.nii,val\n", "row 3: split is 'val'; write one of train, val"),
+        ("fixed,moving,split\na.nii,b.nii\n", "row 2: split is ''"),
         ("fixed,moving\n", "no rows"),
         ("", r"columns \(none\)"),
         (b"\x1f\x8b\xff\x00", "not a text table"),
@@ -175,6 +188,8 @@ def test_pairs_csv_names_the_row(tmp_path, text, said):
         pairs_csv(table)
     with pytest.raises(BadInput, match=r"nowhere\.csv does not exist"):
         pairs_csv(tmp_path / "nowhere.csv")
+    with pytest.raises(BadInput, match=f"{tmp_path} is a folder; give a CSV file"):
+        pairs_csv(tmp_path)
 
 
 def test_phantoms_are_written_once_and_read_back(tmp_path, monkeypatch):

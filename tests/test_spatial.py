@@ -209,6 +209,15 @@ def test_nearest_warp_keeps_labels_and_breaks_ties_as_pytorch():
     np.testing.assert_array_equal(moved[5], 0)
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_warp_takes_numpys_arrays(order):
+    """As volumes and displacements come out of files; by whole voxels, so that both orders take the same one."""
+    image, u = np.asarray(numbers(*SHAPE, 1), np.float32), np.zeros((*SHAPE, 3), np.float32) + np.float32([1, 0, -1])
+    moved = spatial.warp(image, u, order=order)
+    places = np.ix_(np.minimum(np.arange(SHAPE[0]) + 1, SHAPE[0] - 1), range(SHAPE[1]), [0, *range(SHAPE[2] - 1)])
+    np.testing.assert_array_equal(moved, image[places])
+
+
 def test_warp_refuses_unknown_options():
     image, u = jnp.zeros((2, 2, 2, 1)), jnp.zeros((2, 2, 2, 3))
     for option in ({"order": 3}, {"padding": "wrap"}, {"engine": "fast"}):

@@ -93,6 +93,11 @@ def mgh(path: Path) -> Path:
     return path
 
 
+def hdf5(path: Path) -> Path:
+    path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(600))
+    return path
+
+
 def coloured(path: Path) -> Path:
     return save(path, np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")]))
 
@@ -121,6 +126,9 @@ REFUSED = {
     "voxels cut": (lambda d: cut(d / "a.nii.gz", 4000), r"cut short .*\(4000 bytes\)", BOTH),
     "voxels cut, plain": (lambda d: cut(d / "a.nii", 4000), r"cut short .*\(4000 bytes\)", BOTH),
     "FreeSurfer": (lambda d: mgh(d / "a.mgz"), "is a MGHImage", BOTH),
+    # For these nibabel would import what is not installed.
+    "zstandard": (lambda d: text(d / "a.nii.zst"), "no NIfTI file", BOTH),
+    "HDF5": (lambda d: hdf5(d / "a.mnc"), "no NIfTI file", BOTH),
     "4-D": (lambda d: save(d / "a.nii", noise(shape=(5, 6, 7, 2))), r"4-D \(5x6x7x2\)", BOTH),
     "2-D": (lambda d: save(d / "a.nii", noise(shape=(5, 6))), r"2-D \(5x6\)", BOTH),
     "coloured": (lambda d: coloured(d / "a.nii"), "'R'.* voxels", BOTH),

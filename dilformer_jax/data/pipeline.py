@@ -23,7 +23,17 @@ from dilformer_jax.data.sources import Pair, Subject
 from dilformer_jax.io import geometry
 from dilformer_jax.io.volumes import BadInput, open_nifti, read_image
 
-__all__ = ["Batches", "PairSource", "batches", "common_shape", "load", "load_image", "load_labels", "spacing"]
+__all__ = [
+    "Batches",
+    "PairSource",
+    "batches",
+    "common_grid",
+    "common_shape",
+    "load",
+    "load_image",
+    "load_labels",
+    "spacing",
+]
 
 
 def spacing(subject: Subject) -> tuple[float, float, float]:
@@ -58,6 +68,26 @@ def common_shape(
                 f"{'' if box else by(shape) + ' '}{axes}; bring all to one grid or leave it out."
             )
     return downsampled_shape(shape, settings["downsample"], subjects[0].image)
+
+
+def common_grid(
+    pairs: Sequence[Pair], preprocessing: Mapping[str, Any], *, cache: Path | str | None = None
+) -> dict[str, Any]:
+    """What a network trained on the pairs is to be told of their grid, as JSON has it.
+
+    `shape` is that of the images, after cropping, and `network_shape` that in which they reach the network;
+    `spacing_mm` and `orientation` are the files', as "RAS" or None for pickles, which do not say. Raises BadInput as
+    `common_shape` does.
+    """
+    settings = resolved(preprocessing)
+    shape = common_shape(pairs, settings, cache=cache)
+    subject = pairs[0].fixed
+    return {
+        "shape": [size * settings["downsample"] for size in shape],
+        "spacing_mm": [round(size, 6) for size in spacing(subject)],
+        "orientation": None if subject.image.suffix == ".pkl" else _grid(subject)[1],
+        "network_shape": list(shape),
+    }
 
 
 class Batches:
@@ -129,6 +159,8 @@ def batches(
         raise BadInput(f"affine is {tuple(affine)}; give two standard deviations from 0 to 0.2.")
     if not 0 <= seed < 2**32:
         raise BadInput(f"seed is {seed}; give one from 0 to 2**32 - 1.")
+    if workers < 0:
+        raise BadInput(f"workers is {workers}; give a number of processes, or 0 for threads.")
     settings = resolved(preprocessing)
     shape = common_shape(pairs, settings, cache=cache)
     source = PairSource(tuple(pairs), settings, shape, None if cache is None else Path(cache))

@@ -16,11 +16,10 @@ from dilformer_jax.data.sources import Subject
 from dilformer_jax.io.pickles import read_pickle
 from dilformer_jax.io.volumes import BadInput, check_same_grid, normalise, read_image, read_labels, replacing
 
-PREPROCESSING: dict[str, Any] = {"normalise": "max", "downsample": 1, "crop_to": None, "labels": "full"}
+PREPROCESSING: dict[str, Any] = {"normalise": "max", "downsample": 1, "crop_to": None}
 CHOICES: dict[str, tuple] = {
     "normalise": ("max", "minmax", "percentile", "none"),
     "downsample": (1, 2, 4),
-    "labels": ("full", "downsampled"),
 }
 # Part of every cache key: raise it whenever the same settings come to give other voxels.
 VERSION = 1
@@ -41,9 +40,7 @@ def load(
       crop_to: None, or the shape of a box around the middle of the bounding box of the non-zero voxels, moved inside
         the volume; where the volume is smaller, the image is continued with its border value, the labels with 0.
       normalise: a method of `io.volumes.normalise`.
-      downsample: 1, 2 or 4, the edge of the blocks of which the mean becomes a voxel.
-      labels: 'full' keeps the labels on the grid before downsampling; 'downsampled' takes each block's most frequent
-        id, the smallest of several.
+      downsample: 1, 2 or 4, the edge of the blocks of which the mean becomes a voxel; labels stay on the grid before.
     What is left out is as in PREPROCESSING. Decoded arrays are kept as memory-mapped .npy files in the folder `cache`,
     or else in memory; a file that changes on disk is decoded anew.
 
@@ -82,7 +79,7 @@ def resolved(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
             raise BadInput(f"preprocessing.{name} is {value!r}; choose one of {', '.join(map(repr, CHOICES[name]))}.")
     box = settings["crop_to"]
     if box is not None:
-        if len(box) != 3 or min(box) < 1:
+        if not isinstance(box, Sequence) or len(box) != 3 or min(box) < 1:
             raise BadInput(f"preprocessing.crop_to is {box!r}; give three positive numbers of voxels, or None.")
         settings["crop_to"] = tuple(int(n) for n in box)
     return settings
@@ -149,10 +146,7 @@ def _decoded_labels(image_path: Path, path: Path, settings: dict[str, Any]) -> n
         volume = read_labels(path)
         check_same_grid(read_image(image_path), volume)
         labels = volume.array
-    labels = _boxed(labels, corner(image, settings["crop_to"]), settings["crop_to"], mode="constant")
-    if settings["labels"] == "full":
-        return labels
-    return _most_frequent(_blocks(labels, settings["downsample"], path))
+    return _boxed(labels, corner(image, settings["crop_to"]), settings["crop_to"], mode="constant")
 
 
 def _voxels(path: Path) -> np.ndarray:
@@ -172,16 +166,6 @@ def _blocks(array: np.ndarray, factor: int, path: Path) -> np.ndarray:
     """(D, H, W) as (D/f, H/f, W/f, f^3)."""
     d, h, w = downsampled_shape(array.shape, factor, path)
     return array.reshape(d, factor, h, factor, w, factor).transpose(0, 2, 4, 1, 3, 5).reshape(d, h, w, factor**3)
-
-
-def _most_frequent(blocks: np.ndarray) -> np.ndarray:
-    blocks = np.sort(blocks, axis=-1)
-    best, most = blocks[..., 0], np.zeros(blocks.shape[:3], int)
-    for place in range(blocks.shape[-1]):
-        count = (blocks == blocks[..., place, None]).sum(-1)
-        best = np.where(count > most, blocks[..., place], best)
-        most = np.maximum(most, count)
-    return best
 
 
 def _kept(

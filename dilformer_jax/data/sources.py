@@ -173,13 +173,16 @@ def folder(directory: Path | str, *, validation: float | int = 0.2) -> Dataset:
 
 
 def pairs_csv(path: Path | str) -> Dataset:
-    """Pairs as a table: columns fixed, moving and, optional, fixed_labels, moving_labels; each row is in every split.
+    """Pairs as a table: columns fixed, moving and, optional, fixed_labels, moving_labels and split.
 
-    Relative paths start at the folder of the table. BadInput names the row, counted with the heading as row 1.
+    `split` is train, validation or test; without this column every row is in all three, so that a network trained on
+    the table is validated on what it was trained on. Relative paths start at the folder of the table. BadInput names
+    the row, counted with the heading as row 1.
     """
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"{path} does not exist; give a CSV file with columns fixed,moving,fixed_labels,moving_labels.")
+        fault = "is a folder" if path.is_dir() else "does not exist"
+        raise BadInput(f"{path} {fault}; give a CSV file with columns fixed,moving,fixed_labels,moving_labels.")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
@@ -193,8 +196,13 @@ def pairs_csv(path: Path | str) -> Dataset:
         raise BadInput(f"{path} has no rows below its heading; add a pair: fixed,moving.")
 
     found: list[dict[str, Path]] = []
+    parts: list[str] = []
     for number, row in rows:
         texts = {(column or "").strip(): value.strip() for column, value in row.items() if isinstance(value, str)}
+        part = texts.pop("split", "")
+        if "split" in columns and part not in SPLITS:
+            raise BadInput(f"{path} row {number}: split is '{part}'; write one of {', '.join(SPLITS)}.")
+        parts.append(part)
         files = {column: path.parent / Path(text).expanduser() for column, text in texts.items() if text}
         for column in ("fixed", "moving", "fixed_labels", "moving_labels"):
             if column in files and not files[column].is_file():
@@ -211,7 +219,10 @@ def pairs_csv(path: Path | str) -> Dataset:
 
     pairs = tuple(Pair(subject(files, "fixed"), subject(files, "moving")) for files in found)
     ids = label_ids(subject for pair in pairs for subject in (pair.fixed, pair.moving))
-    return Dataset(pairs, pairs, pairs, ids, f"that of the files named in {path}")
+    train, validation, test = (
+        tuple(pair for pair, its in zip(pairs, parts, strict=True) if its in (part, "")) for part in SPLITS
+    )
+    return Dataset(train, validation, test, ids, f"that of the files named in {path}")
 
 
 def phantoms(
@@ -226,9 +237,11 @@ def phantoms(
 
     Raises BadInput when the directory holds phantoms of another shape or seed, and for a shape too small for a brain.
     """
+    if len(shape) != 3 or min(shape) < 32 or seed < 0:
+        raise BadInput(
+            f"Phantoms take 32 voxels or more along three axes and a seed of 0 or more, not {shape} and {seed}."
+        )
     directory, (d, h, w) = Path(directory), shape
-    if min(shape) < 32 or seed < 0:
-        raise BadInput(f"Phantoms take 32 voxels or more per axis and a seed of 0 or more, not {shape} and {seed}.")
     record, settings = directory / "phantoms.json", {"shape": list(shape), "seed": seed}
     if record.is_file() or any(directory.glob("phantom_*.nii.gz")):
         try:

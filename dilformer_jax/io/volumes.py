@@ -25,6 +25,9 @@ DAMAGE = (
     ValueError,
     OverflowError,
     KeyError,
+    # Other formats than NIfTI, for which nibabel wants packages that are not there.
+    ImportError,
+    nib.tripwire.TripWireError,
     zlib.error,
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,

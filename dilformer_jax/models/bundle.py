@@ -1,6 +1,6 @@
 """Trained parameters in a folder that explains itself and that other programs read without JAX.
 
-`model.safetensors` and `model.npz` hold the same arrays under flat names such as `encoder/level0/kernel`.
+`model.safetensors` and `model.npz` hold the same arrays under flat names such as `encoder/enter/Conv_0/kernel`.
 `model.json` says what they are: network and its options, preprocessing, grid, labels, training data and its licence,
 validation figures, versions, and the SHA-256 of `model.safetensors`.
 """

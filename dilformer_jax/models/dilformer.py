@@ -68,6 +68,9 @@ class Encoder(nn.Module):
         return pyramid
 
 
+DILFORMERS, ATTENTIONS = ("streams", "fused", "plain"), ("channels", "windows")
+
+
 def dilformer_blocks(level: int, levels: int) -> int:
     """How many Dilformer blocks a level has: two at the coarsest, one at the next, none above."""
     return {levels - 1: 2, levels - 2: 1}.get(level, 0) if level else 0
@@ -107,6 +110,15 @@ class DilformerNet(nn.Module):
     heads: int = 4
     window: tuple[int, int, int] = (5, 6, 5)
 
+    def __post_init__(self) -> None:
+        for name, lowest in (("width", 1), ("levels", 1), ("finest", 0), ("recursions", 1), ("heads", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"DilformerNet's {name} is {lowest} or more, got {getattr(self, name)}.")
+        for name, choices in (("dilformer", DILFORMERS), ("attention", ATTENTIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"DilformerNet's {name} is one of {choices}, got {getattr(self, name)!r}.")
+        super().__post_init__()
+
     @property
     def downsampling(self) -> int:
         """What every axis of the input must be a multiple of."""
@@ -122,10 +134,8 @@ class DilformerNet(nn.Module):
         + 1 fixed i to moving i.
 
         Raises:
-          ValueError: an axis that is not a multiple of `downsampling`, or an unknown option.
+          ValueError: an axis that is not a multiple of `downsampling`, or heads that do not divide a level's channels.
         """
-        if self.dilformer not in ("streams", "fused", "plain"):
-            raise ValueError(f"DilformerNet's dilformer is 'streams', 'fused' or 'plain', got {self.dilformer!r}.")
         if any(size % self.downsampling for size in fixed.shape[1:4]):
             raise ValueError(
                 f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}."

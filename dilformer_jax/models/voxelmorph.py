@@ -25,6 +25,13 @@ class VoxelMorph(nn.Module):
     up: tuple[int, ...] = (32, 32, 32, 32)
     final: tuple[int, ...] = (32, 16, 16)
 
+    def __post_init__(self) -> None:
+        if not 0 < len(self.up) <= len(self.down):
+            raise ValueError(f"VoxelMorph goes up as often as down, or less often, got {self.up} after {self.down}.")
+        if min(*self.down, *self.up, *self.final) < 1:
+            raise ValueError(f"VoxelMorph's channels are 1 or more, got {self.down}, {self.up} and {self.final}.")
+        super().__post_init__()
+
     @property
     def downsampling(self) -> int:
         """What every axis of the input must be a multiple of."""

@@ -34,9 +34,9 @@ def lncc(
     constant counts 0.
 
     Raises:
-      ValueError: an even window, or an unknown border.
+      ValueError: a window that is no odd number, or an unknown border.
     """
-    if window % 2 == 0:
+    if not isinstance(window, int) or window < 1 or window % 2 == 0:
         raise ValueError(f"An LNCC window has an odd number of voxels, got {window}.")
     if border not in ("cut", "zeros"):
         raise ValueError(f"LNCC's border is 'cut' or 'zeros', got {border!r}.")
@@ -157,8 +157,10 @@ def multi_resolution(
       and regulariser (as it enters the loss).
 
     Raises:
-      ValueError: an unknown similarity or regulariser, or weights and windows of different lengths.
+      ValueError: an unknown similarity or regulariser, weights and windows of different lengths, or a level above 0.
     """
+    if finest < 0:
+        raise ValueError(f"The finest level of a loss is 0, the input's, or coarser, got {finest}.")
     if similarity not in SIMILARITIES:
         raise ValueError(f"A similarity is one of {SIMILARITIES}, got {similarity!r}.")
     if regulariser not in REGULARISERS:

@@ -144,9 +144,11 @@ def _counts(volume: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     """Voxels of each label, in one pass over the volume."""
     if not len(labels):
         return np.zeros(0, int)
-    low, high = min(labels), max(labels)
-    wanted = volume[(volume >= low) & (volume <= high)].astype(np.int64)
-    return np.bincount(wanted - low, minlength=high - low + 1)[np.asarray(labels) - low]
+    # By their places in the list: atlases have ids of hundreds of millions, too many to count one by one.
+    ids, inverse = np.unique(np.asarray(labels), return_inverse=True)
+    wanted = volume[(volume >= ids[0]) & (volume <= ids[-1])]
+    places = np.searchsorted(ids, wanted)
+    return np.bincount(places[ids[places] == wanted], minlength=len(ids))[inverse]
 
 
 def _surfaces(volume: np.ndarray, labels: Sequence[int], spacing: Sequence[float | int]) -> list[np.ndarray]:

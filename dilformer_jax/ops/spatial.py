@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy import ndimage
 from jaxtyping import Array, Float, Num
@@ -22,8 +23,8 @@ def grid(shape: tuple[int, ...]) -> Float[Array, "d h w 3"]:
 
 
 def warp(
-    image: Num[Array, "*b d h w c"],
-    displacement: Float[Array, "*b e f g 3"],
+    image: Num[Array | np.ndarray, "*b d h w c"],
+    displacement: Float[Array | np.ndarray, "*b e f g 3"],
     *,
     order: int = 1,
     padding: str = "border",
@@ -49,6 +50,8 @@ def warp(
         raise ValueError(f"A warp pads with 'border' or 'zeros', got {padding!r}.")
     if engine not in ("gather", "map_coordinates"):
         raise ValueError(f"A warp's engine is 'gather' or 'map_coordinates', got {engine!r}.")
+    # From NumPy too: the engines index as only JAX's arrays can be.
+    image, displacement = jnp.asarray(image), jnp.asarray(displacement)
     images = image.reshape(-1, *image.shape[-4:])
     coordinates = (grid(displacement.shape[-4:-1]) + displacement).reshape(-1, *displacement.shape[-4:])
     sample = _map_coordinates if engine == "map_coordinates" else _gather

@@ -132,12 +132,15 @@ def row(case: Case, labels: Sequence[int]) -> dict[str, Any]:
 
 
 def overlap(case: Case, labels: Sequence[int]) -> dict[str, float]:
-    """A pair's mean Dice of the identity and of the displacement, all that training asks for; empty without labels."""
+    """A pair's mean Dice of the identity and of the displacement, all that training asks for; empty where the two
+    subjects have no structure in common."""
     if case.fixed_labels is None or case.moving_labels is None:
         return {}
     moved = warp_labels(case.moving_labels, case.displacement)
     before = metrics.dice(case.fixed_labels, case.moving_labels, labels)
     after = metrics.dice(case.fixed_labels, moved, labels, case.moving_labels)
+    if np.isnan(after).all():
+        return {}
     return {"dice_identity": float(np.nanmean(before)), "dice": float(np.nanmean(after))}
 
 

@@ -133,12 +133,15 @@ def load_predictor(weights: Path | str | None = None, workdir: Path | str | None
 
         params, _ = checkpoint.restore_params(Path(workdir), "best")
         network, preprocessing, name = config["model"], config["data"]["preprocessing"], str(workdir)
-        sha256, grid = bundle.sha256(params), None
+        sha256, grid = bundle.sha256(params), _grid(workdir)
     try:
-        module = models.create(network["name"], **network["options"])
+        module, preprocessing = models.create(network["name"], **network["options"]), resolved(preprocessing)
     except (KeyError, TypeError, ValueError) as fault:
-        raise BadInput(f"{name} has a network {network} that this version cannot make ({fault}); update it.") from fault
-    return Predictor(module, jax.device_put(params), resolved(preprocessing), name, sha256, grid)
+        raise BadInput(
+            f"{name} has a network {network} with preprocessing {preprocessing} that this version cannot make "
+            f"({fault}); update it, or export the network again."
+        ) from fault
+    return Predictor(module, jax.device_put(params), preprocessing, name, sha256, grid)
 
 
 def read_config(workdir: Path | str) -> dict[str, Any]:
@@ -152,6 +155,14 @@ def read_config(workdir: Path | str) -> dict[str, Any]:
         raise BadInput(f"{path} is no configuration of a training run; give the workdir of one.")
     config["data"]["options"] = keywords(config["data"]["options"])
     return config
+
+
+def _grid(workdir: Path | str) -> dict[str, Any] | None:
+    """The grid of the training images as `train` left it; None where run.json is gone, for it only serves to warn."""
+    try:
+        return json.loads((Path(workdir) / "run.json").read_text(encoding="utf-8"))["grid"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def keywords(options: Mapping[str, Any]) -> dict[str, Any]:

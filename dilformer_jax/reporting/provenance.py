@@ -1,8 +1,10 @@
 """Where a result comes from: programs, command and files."""
 
+import contextlib
 import importlib.metadata
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,13 +15,22 @@ PACKAGES = ("dilformer-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel
 
 
 def versions() -> dict[str, str]:
-    """The version of Python and of each package that computes; "not installed" for a package run from its source."""
+    """The version of Python and of each package that computes; "not installed" for a package run from its source.
+
+    Run from a clone, `commit` is the clone's, with "-dirty" where a file differs from it.
+    """
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
+    clone = Path(__file__).resolve().parents[2]
+    if (clone / ".git").exists():
+        describe = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or one that distrusts the folder
+            told = subprocess.run(describe, capture_output=True, text=True, check=True)
+            found["commit"] = told.stdout.strip()
     return found
 
 

@@ -72,13 +72,14 @@ def summary_text(summary: Summary) -> str:
 def csv_rows(pairs: Sequence[Row], labels: Sequence[int]) -> list[dict[str, object]]:
     """A row for each pair and label: pair, fixed, moving, label, state, and every `<metric>_per_label` of the pairs.
 
-    `state` is "absent", "vanished" or "present".
+    `state` is "absent", "vanished" or "present"; "unlabelled" where the pair has no label maps.
     """
     columns = _per_label_columns(pairs)
     rows = []
     for pair in pairs:
         for label in labels:
-            state = next((state for state in ("absent", "vanished") if label in pair.get(state, ())), "present")
+            rest = "present" if any(column + PER_LABEL in pair for column in columns) else "unlabelled"
+            state = next((state for state in ("absent", "vanished") if label in pair.get(state, ())), rest)
             values = {column: _number(pair.get(column + PER_LABEL, {}).get(label)) for column in columns}
             about = {"pair": pair["name"], "fixed": pair.get("fixed"), "moving": pair.get("moving")}
             rows.append({**about, "label": label, "state": state, **values})

@@ -29,6 +29,10 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         if not _makeable(self.directory):
             raise BadInput(f"{self.directory} cannot hold checkpoints because a file stands there; choose another.")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{self.directory} cannot be made ({error.strerror}); choose another --workdir.") from error
         self._manager = ocp.CheckpointManager(self.directory, options=_options(cleanup_tmp_directories=True))
 
     def __enter__(self) -> "Checkpoints":

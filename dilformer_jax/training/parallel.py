@@ -11,14 +11,19 @@ from dilformer_jax.io.volumes import BadInput
 
 Tree = TypeVar("Tree")
 COORDINATOR, PROCESSES, PROCESS_ID = "DILFORMER_COORDINATOR", "DILFORMER_PROCESSES", "DILFORMER_PROCESS_ID"
+# How the launchers of Open MPI, and of MPICH and Intel MPI, tell a process how many there are.
+RANKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def initialise() -> None:
     """Joins the processes of a run into one, where there are several; to be called before any other use of JAX.
 
-    Under srun, mpirun and on TPU pods nothing need be set. Elsewhere each process is told by the environment:
-    DILFORMER_COORDINATOR (address:port of process 0), DILFORMER_PROCESSES (their number) and DILFORMER_PROCESS_ID (from
-    0); DILFORMER_COORDINATOR=auto leaves it to JAX. Raises BadInput where these contradict or the others do not answer.
+    Under srun, on TPU pods and under the mpirun of Open MPI before 5, nothing need be set. Elsewhere each process is
+    told by the environment: DILFORMER_COORDINATOR (address:port of process 0), DILFORMER_PROCESSES (their number) and
+    DILFORMER_PROCESS_ID (from 0); DILFORMER_COORDINATOR=auto leaves it to JAX.
+
+    Raises BadInput where these contradict, where the others do not answer, and under a launcher of MPI that JAX does
+    not know: each process would take itself for the only one.
     """
     if jax.distributed.is_initialized():
         return
@@ -29,7 +34,14 @@ def initialise() -> None:
         elif told:
             address, processes, process = _explicit(told)
             jax.distributed.initialize(address, processes, process)
-    except RuntimeError as error:
+        elif ranks := [name for name in RANKS if os.environ.get(name, "1") != "1"]:
+            raise BadInput(
+                f"{ranks[0]} says that {os.environ[ranks[0]]} processes were started, by a launcher that JAX does not "
+                f"know; set {COORDINATOR} (host:port of process 0), {PROCESSES} and {PROCESS_ID} for each."
+            )
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
         reason = str(error).splitlines()[0]
         raise BadInput(f"the processes of this run could not be joined ({reason}); start all of them anew.") from error
 

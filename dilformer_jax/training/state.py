@@ -32,12 +32,16 @@ def optimiser(
     stays 'constant'.
 
     Raises:
-      BadInput: an unknown schedule, or a warm-up as long as the run.
+      BadInput: an unknown schedule, a warm-up as long as the run, a rate or norm that is not positive.
     """
-    if warmup_steps >= total_steps:
+    if not 0 <= warmup_steps < total_steps:
         raise BadInput(
-            f"optimiser.warmup_steps is {warmup_steps} of {total_steps} steps; make it shorter than the run."
+            f"optimiser.warmup_steps is {warmup_steps} of {total_steps} steps; make it 0 or more, and shorter than the "
+            "run."
         )
+    for name, value in (("learning_rate", learning_rate), ("clip", clip)):
+        if not value > 0:
+            raise BadInput(f"optimiser.{name} is {value}; make it positive.")
     if schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
     elif schedule == "constant":
