@@ -1,12 +1,13 @@
 r"""VoxelMorph-2 on LPBA40 at half resolution: the row beside configs/lpba40_cpu.py.
 
-The same images, pairs, windows, regulariser and time as lpba40_cpu.py; one displacement, at 80x96x80, so a loss of
-one level. Command:
+The same images, pairs, window, regulariser and about the same time as lpba40_cpu.py; one displacement, at 80x96x80, so
+a loss of one level. Command:
 
     python -m dilformer_jax.train --config configs/voxelmorph_lpba40_cpu.py --workdir runs/voxelmorph \
         --config.data.directory=DIR
 
-Not yet run to its end: no number is claimed. `:tiny` is a test of the plumbing.
+Measured: mean Dice 0.522 -> 0.634 over the 30 ordered validation pairs, folding 0.025 %, after 360 steps in 53
+minutes; not converged (experiments/results/lpba40_cpu.md). `:tiny` is a test of the plumbing.
 """
 
 from ml_collections import ConfigDict, config_dict  # type: ignore[import-untyped]
