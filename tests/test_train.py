@@ -104,7 +104,6 @@ def refusal(
 
 LEARNING = (
     "--config.data.name=pairs_csv",
-    "--config.model.options.width=8",
     "--config.validation_pairs=0",
     "--config.total_steps=32",
     "--config.log_every=4",
@@ -118,9 +117,9 @@ LEARNING = (
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> tuple[Path, Path]:
-    """The workdir of a network trained on one pair, and the table that names it; validated on it and two others, of
-    which one has no labels and one nothing in common."""
+def table(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """Names one pair to train on; to validate on, this pair and two others: one has no labels, one nothing in
+    common."""
     folder = tmp_path_factory.mktemp("learnt")
     table = folder / "pair.csv"
     names = [f"{phantoms}/phantom_00{number}_{kind}.nii.gz" for kind in ("t1", "seg") for number in (0, 1)]
@@ -134,13 +133,16 @@ def learnt(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> tuple[Pa
         ",".join([*names[:3], "others.nii.gz", "validation"]),
     ]
     table.write_text("\n".join(rows))
-    with pytest.MonkeyPatch.context() as patch:
-        trained(patch, folder / "run", f"--config.data.directory={table}", *LEARNING, config=DILFORMER)
-    return folder / "run", table
+    return table
 
 
-def test_a_network_learns_a_pair(learnt: tuple[Path, Path]) -> None:
-    lines = logs.read(learnt[0] / "metrics.jsonl")
+def test_a_network_learns_a_pair(table: Path, tmp_path: Path) -> None:
+    """The Dilformer, in a process with one device, for which it is soon compiled."""
+    config = runs.ROOT / "configs" / f"{DILFORMER}.py:tiny"
+    settings = [f"--config.data.directory={table}", "--config.data.preprocessing.downsample=1", *LEARNING]
+    width = "--config.model.options.width=8"
+    runs.finish(runs.start(runs.command("train", "--config", config, "--workdir", tmp_path / "run", *settings, width)))
+    lines = logs.read(tmp_path / "run" / "metrics.jsonl")
     falling = [line["loss"] for line in lines if "loss" in line]
     assert len(falling) == 8 and falling[-1] < min(falling[0], 0) - 0.4
     first, last = [line for line in lines if "dice" in line]
@@ -151,19 +153,20 @@ def test_a_network_learns_a_pair(learnt: tuple[Path, Path]) -> None:
 
 
 def test_a_run_goes_on_only_as_it_began(
-    learnt: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    workdir, table = learnt
+    workdir, settings = tmp_path / "run", LEARNING[:1]
     data = f"--config.data.directory={table}"
+    trained(monkeypatch, workdir, data, *settings)
     before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
     for override, said in (
         ("--config.seed=1", "seed=0 and now is given 1"),
-        ("--config.optimiser.learning_rate=0.02", "optimiser.learning_rate=0.01 and now is given 0.02"),
-        ("--config.loss.regulariser_weight=2", "loss.regulariser_weight=1.0 and now is given 2.0"),
+        ("--config.optimiser.learning_rate=0.02", "optimiser.learning_rate=0.001 and now is given 0.02"),
+        ("--config.loss.regulariser_weight=3", "loss.regulariser_weight=2.0 and now is given 3.0"),
         # It was given as 0, one for each of these four devices.
         ("--config.batch_size=8", "batch_size=4 and now is given 8"),
     ):
-        told = refusal(monkeypatch, capsys, workdir, data, *LEARNING, override, config=DILFORMER)
+        told = refusal(monkeypatch, capsys, workdir, data, *settings, override)
         assert said in told and str(workdir) in told
         assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
     # A pair more: its batches would be others from here on.
@@ -172,13 +175,13 @@ def test_a_run_goes_on_only_as_it_began(
         row = table.read_text().splitlines()[1].split(",")
         file.write("\n" + ",".join(row[column] for column in (1, 0, 3, 2, 4)))
     data = f"--config.data.directory={more}"
-    told = refusal(monkeypatch, capsys, workdir, *LEARNING, data, config=DILFORMER)
+    told = refusal(monkeypatch, capsys, workdir, data, *settings)
     assert f"{workdir} was trained on 1 pairs and {more} now gives 2" in told
     assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
     # Where the data lie and how they are read is free to change; a finished run has nothing more to do.
     elsewhere = shutil.copy(table, table.with_name("elsewhere.csv"))
     free = (f"--config.data.directory={elsewhere}", "--config.data.workers=1")
-    trained(monkeypatch, workdir, *LEARNING, *free, config=DILFORMER)
+    trained(monkeypatch, workdir, *settings, *free)
     assert (workdir / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
     assert json.loads((workdir / "config.json").read_text())["data"]["workers"] == 1
 
