@@ -18,6 +18,7 @@ def get_config(argument: str = "") -> ConfigDict:
         {
             "seed": 0,
             "batch_size": 0,
+            "space": 1,  # devices that share each volume
             "bidirectional": False,
             "total_steps": 80600,
             "log_every": 100,

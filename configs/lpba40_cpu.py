@@ -18,6 +18,7 @@ def get_config(argument: str = "") -> ConfigDict:
         {
             "seed": 0,
             "batch_size": 0,
+            "space": 1,  # devices that share each volume
             "bidirectional": True,
             "total_steps": 2400,
             "log_every": 10,

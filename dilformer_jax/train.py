@@ -27,7 +27,7 @@ from dilformer_jax.training import checkpoint, logs, parallel, state
 
 RECORD = "run.json"
 # What may change between two starts of one run: where the data lie and how they are read, not what is computed.
-CHANGEABLE = ("data.directory", "data.cache", "data.workers")
+CHANGEABLE = ("data.directory", "data.cache", "data.workers", "space")
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -35,13 +35,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
     # --- Devices and configuration ---
     parallel.initialise()
     first = jax.process_index() == 0
-    mesh = parallel.mesh()
-    replicated, sharded = parallel.shardings(mesh)
+    mesh = parallel.mesh(config.space)
+    replicated, (share, shares) = parallel.replicated(mesh), parallel.share(mesh)
     with config.unlocked():
         # As it is now: started again on other devices, 0 would come to mean other batches.
-        config.batch_size = config.batch_size or jax.device_count()
+        config.batch_size = config.batch_size or mesh.shape["data"]
     batch_size = config.batch_size
-    _check(config, batch_size)
+    _check(config, batch_size, mesh.shape["data"])
     try:
         module = models.create(config.model.name, **keywords(config.model.options.to_dict()))
     except ValueError as error:
@@ -78,14 +78,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
         now = jax.device_put(state.initial(module, transformation, config.seed), replicated)
     except ValueError as error:
         raise BadInput(f"config.model: {error}") from error
+    split = parallel.slabs(mesh, shape[0], module.downsampling)
     step_once = state.step_function(
         module,
         transformation,
         config.loss.to_dict(),
         bidirectional=config.bidirectional,
-        shardings=(replicated, sharded),
+        mesh=mesh,
+        split=split,
     )
-    image = jax.ShapeDtypeStruct((batch_size, *shape, 1), jnp.float32, sharding=sharded)
+    planes = split.count * split.planes if split else shape[0]
+    image = jax.ShapeDtypeStruct((batch_size, planes, *shape[1:], 1), jnp.float32, sharding=parallel.sharded(mesh))
     try:
         jax.eval_shape(step_once, now, {"fixed": image, "moving": image})
     except (TypeError, ValueError) as error:
@@ -113,8 +116,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             pipeline.batches(
                 pairs, preprocessing, batch_size=batch_size, seed=config.seed, start_step=start,
                 workers=config.data.workers,
-                flips=config.data.flips, affine=config.data.affine, cache=cache, process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                flips=config.data.flips, affine=config.data.affine, cache=cache, process_index=share,
+                process_count=shares,
             ) as batches,
         ):  # fmt: skip
             parameters = sum(x.size for x in jax.tree.leaves(now.params))
@@ -139,7 +142,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             for step in range(start + 1, config.total_steps + 1):
                 batch = next(batches)
                 images = {name: batch[name] for name in ("fixed", "moving")}
-                now, measured = step_once(now, parallel.to_devices(images, sharded))
+                now, measured = step_once(now, parallel.to_devices(images, mesh, split))
                 seen.append({name: float(value) for name, value in jax.device_get(measured).items()})
                 # The gradient's norm too: what a gradient has spoilt the loss shows only a step later, when it may have
                 # been saved.
@@ -174,11 +177,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
         figures.save(workdir / "figures" / "training.png", figures.training(logs.read(workdir / logs.METRICS)))
 
 
-def _check(config: ConfigDict, batch_size: int) -> None:
-    devices = jax.device_count()
-    if batch_size < 1 or batch_size % devices:
+def _check(config: ConfigDict, batch_size: int, shares: int) -> None:
+    if batch_size < 1 or batch_size % shares:
+        owners = "devices" if config.space == 1 else f"groups of {config.space} devices"
         raise BadInput(
-            f"batch_size {batch_size} does not divide among {devices} devices; "
+            f"batch_size {batch_size} does not divide among {shares} {owners}; "
             "make it a multiple, or 0 for one pair each."
         )
     if config.data.name not in sources.DATASETS:

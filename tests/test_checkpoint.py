@@ -78,7 +78,7 @@ def test_relative_folder(tmp_path, monkeypatch):
 
 
 def test_shards_return_to_the_sharding_asked_for(tmp_path):
-    replicated, _ = parallel.shardings(parallel.mesh())
+    replicated = parallel.replicated(parallel.mesh())
     state = jax.device_put(fresh(), replicated)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state)
@@ -105,7 +105,7 @@ def test_training_on_from_a_checkpoint_equals_training_through(tmp_path):
 
 
 def test_donating_at_once_does_not_reach_the_file(tmp_path):
-    replicated, _ = parallel.shardings(parallel.mesh())
+    replicated = parallel.replicated(parallel.mesh())
     add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0, out_shardings=replicated)
     state = jax.device_put({"params": {str(k): jnp.full((512, 512), float(k)) for k in range(8)}}, replicated)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -173,7 +173,7 @@ def test_params_are_restored_without_the_optimiser(tmp_path):
 
 def test_params_are_restored_on_other_devices(tmp_path):
     """Written on four devices, read on one, by a process of its own."""
-    replicated, _ = parallel.shardings(parallel.mesh())
+    replicated = parallel.replicated(parallel.mesh())
     assert jax.device_count() == 4
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, jax.device_put({"step": jnp.int32(1), "params": {"a": jnp.arange(3.0)}}, replicated))
@@ -290,8 +290,11 @@ def test_folder_without_checkpoints_is_one_sentence(tmp_path):
 
 
 def test_batches_are_split_over_the_devices():
-    replicated, sharded = parallel.shardings(parallel.mesh())
-    batch = parallel.to_devices({"fixed": np.arange(8.0).reshape(8, 1)}, sharded)
+    mesh = parallel.mesh()
+    replicated, batch = (
+        parallel.replicated(mesh),
+        parallel.to_devices({"fixed": np.arange(8.0).reshape(8, 1)}, mesh, None),
+    )
     assert batch["fixed"].shape == (8, 1)
     pieces = {shard.device.id: np.asarray(shard.data).ravel().tolist() for shard in batch["fixed"].addressable_shards}
     assert list(pieces.values()) == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -327,9 +330,10 @@ def test_two_processes_join_and_share_a_checkpoint(tmp_path):
         "from dilformer_jax.training import parallel\n"
         "from dilformer_jax.training.checkpoint import Checkpoints\n"
         "parallel.initialise()\n"
-        "replicated, sharded = parallel.shardings(parallel.mesh())\n"
-        "share = np.arange(4.0) + 4 * jax.process_index()\n"
-        "total = jax.jit(jnp.sum, out_shardings=replicated)(parallel.to_devices(share, sharded))\n"
+        "mesh = parallel.mesh()\n"
+        "share = {'a': np.arange(4.0).reshape(4, 1) + 4 * jax.process_index()}\n"
+        "batch = parallel.to_devices(share, mesh, None)\n"
+        "total = jax.jit(jnp.sum, out_shardings=parallel.replicated(mesh))(batch['a'])\n"
         "with Checkpoints(sys.argv[1] + '/checkpoints') as c:\n"
         "    c.save(1, {'params': {'total': total}}, dice=0.5)\n"
         "print(parallel.describe(), float(total))\n"

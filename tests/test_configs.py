@@ -117,7 +117,7 @@ def test_a_step_can_be_made_of_it(path: Path, argument: str) -> None:
     module = models.create(config.model.name, **keywords(config.model.options.to_dict()))
     shape = size(config, path.stem)
     assert not any(n % module.downsampling for n in shape)
-    image = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32)
+    image = jax.ShapeDtypeStruct((len(jax.devices()), *shape, 1), jnp.float32)
     small = jax.ShapeDtypeStruct((1, *3 * (2 * module.downsampling,), 1), jnp.float32)
     transformation = state.optimiser(total_steps=config.total_steps, **config.optimiser.to_dict())
     params = jax.eval_shape(module.init, jax.random.key(0), small, small)["params"]
@@ -126,7 +126,7 @@ def test_a_step_can_be_made_of_it(path: Path, argument: str) -> None:
         transformation,
         config.loss.to_dict(),
         bidirectional=config.bidirectional,
-        shardings=parallel.shardings(parallel.mesh()),
+        mesh=parallel.mesh(),
     )
 
     def advanced(params: Any, batch: Any) -> Any:

@@ -5,6 +5,7 @@ The paper names the blocks and their roles; their inner sizes are ours. Features
 volume's shape.
 """
 
+import functools
 import itertools
 import math
 
@@ -15,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from dilformer_jax.ops import conv as convolution
-from dilformer_jax.ops import spatial
+from dilformer_jax.ops import slabs, spatial
 
 Features = Float[Array, "b d h w c"]
 Widened = Float[Array, "b d h w o"]
@@ -27,9 +28,9 @@ def activation(x: Features) -> Features:
 
 def instance_norm(x: Features) -> Features:
     """Zero mean and unit variance over the voxels of each channel of each volume."""
-    mean = x.mean(axis=(1, 2, 3), keepdims=True)
-    centred = x - mean
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=(1, 2, 3), keepdims=True) + 1e-5)
+    mean = functools.partial(slabs.mean, axis=(1, 2, 3), keepdims=True)
+    centred = x - mean(x)
+    return centred * jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-5)
 
 
 class Conv(nn.Module):
@@ -148,9 +149,10 @@ def channel_attention(q: Features, k: Features, v: Features, temperature: Float[
     """Attention between the channels of each head; queries and keys are normalised over the voxels (Restormer, Zamir
     et al., CVPR 2022)."""
     shape = dict(zip("dhw", q.shape[1:4], strict=True))
+    q, k = slabs.masked(q), slabs.masked(k)
     q, k, v = (rearrange(a, "b d h w (heads c) -> b heads (d h w) c", heads=len(temperature)) for a in (q, k, v))
-    unit = lambda a: a * jax.lax.rsqrt(jnp.square(a).sum(axis=2, keepdims=True) + 1e-6)
-    scores = jnp.einsum("bhnc,bhne->bhce", unit(q), unit(k)) * temperature
+    unit = lambda a: a * jax.lax.rsqrt(slabs.total(jnp.square(a).sum(axis=2, keepdims=True)) + 1e-6)
+    scores = slabs.total(jnp.einsum("bhnc,bhne->bhce", unit(q), unit(k))) * temperature
     y = jnp.einsum("bhce,bhne->bhnc", nn.softmax(scores, axis=-1), v)
     return rearrange(y, "b heads (d h w) c -> b d h w (heads c)", **shape)
 
@@ -168,7 +170,12 @@ def window_attention(
 
     The volume is padded to whole windows and the padding masked, so that a shift is a padding in front and nothing
     wraps around.
+
+    Raises:
+      ValueError: a volume that is split over devices: its windows would be.
     """
+    if slabs.current() is not None:
+        raise ValueError("Attention in 'windows' does not work on a volume split over devices; take 'channels'.")
     volume, heads = q.shape[1:4], bias.shape[1]
     front = [size // 2 if shifted else 0 for size in window]
     padding = [(f, -(size + f) % w) for size, f, w in zip(volume, front, window, strict=True)]
@@ -202,7 +209,7 @@ def correlation(fixed: Features, moved: Features) -> Widened:
 
     The cost volume of PWC-Net (Sun et al., CVPR 2018), at reach 1.
     """
-    padded = jnp.pad(moved, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)), mode="edge")
+    padded = jnp.pad(slabs.extended(moved, 1, "border"), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     d, h, w = fixed.shape[1:4]
     offsets = itertools.product(range(3), repeat=3)
     return jnp.stack([(fixed * padded[:, i : i + d, j : j + h, k : k + w]).mean(-1) for i, j, k in offsets], axis=-1)

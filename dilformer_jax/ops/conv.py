@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dilformer_jax.ops import slabs
+
 LAYOUT_3D = ("NDHWC", "DHWIO", "NDHWC")
 LAYOUT_2D = ("NHWC", "HWIO", "NHWC")
 
@@ -34,7 +36,7 @@ def conv(
     if stride == 1:
         if any(size % 2 == 0 for size in sizes):
             raise ValueError(f"A convolution of stride 1 needs odd kernel sizes, got {sizes}.")
-        return _conv(x, kernel, dilation)
+        return slabs.same(lambda x: _conv(x, kernel, dilation), x, dilation * (sizes[0] // 2))
     if stride != 2 or dilation != 1:
         raise ValueError(
             f"Convolutions have stride 1, or stride 2 without dilation; got stride {stride}, dilation {dilation}."
@@ -43,7 +45,7 @@ def conv(
         raise ValueError(f"A convolution of stride 2 needs a kernel of 2, 3 or 4 voxels along each axis, got {sizes}.")
     if any(size % 2 for size in x.shape[1:4]):
         raise ValueError(f"A convolution of stride 2 needs even spatial axes, got a volume of {x.shape[1:4]} voxels.")
-    return _halving_conv(x, kernel)
+    return slabs.same(lambda x: _halving_conv(x, kernel), x, 0 if sizes[0] == 2 else 2, scale=(1, 2))
 
 
 def depthwise(
@@ -56,7 +58,7 @@ def depthwise(
     """
     if any(size % 2 == 0 for size in kernel.shape[:3]):
         raise ValueError(f"A depthwise convolution needs odd kernel sizes, got {kernel.shape[:3]}.")
-    return _depthwise(x, kernel, dilation)
+    return slabs.same(lambda x: _depthwise(x, kernel, dilation), x, dilation * (kernel.shape[0] // 2))
 
 
 # --- stride 1 ---

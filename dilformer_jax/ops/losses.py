@@ -9,11 +9,10 @@ import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from dilformer_jax.ops import spatial
+from dilformer_jax.ops import slabs, spatial
 
 Scalar = Float[Array, ""]
 Image = Float[Array, "*b d h w c"]
@@ -42,22 +41,20 @@ def lncc(
         raise ValueError(f"LNCC's border is 'cut' or 'zeros', got {border!r}.")
     # Centred first, in float32: window sums of squares of uncentred intensities lose the variance to rounding.
     if border == "cut":
-        axes = (-4, -3, -2)
-        f = fixed.astype(jnp.float32) - fixed.astype(jnp.float32).mean(axes, keepdims=True)
-        m = moved.astype(jnp.float32) - moved.astype(jnp.float32).mean(axes, keepdims=True)
-        count = _window_voxels(fixed.shape[-4:-1], window)
+        f, m = (x - slabs.mean(x, (-4, -3, -2), keepdims=True) for x in map(jnp.float32, (fixed, moved)))
+        count = _window_voxels(fixed, window)
     else:
         # Padding with zeros is meant of the intensities themselves, so there is nothing to centre on.
         f, m = fixed.astype(jnp.float32), moved.astype(jnp.float32)
         count = jnp.float32(window**3)
-    sums = functools.partial(_window_sum, window=window)
+    sums = lambda x: slabs.same(functools.partial(_window_sum, window=window), x, window // 2)
     sum_f, sum_m, energy_f, energy_m = sums(f), sums(m), sums(f * f), sums(m * m)
     cross = sums(f * m) - sum_f * sum_m / count
     variance_f, variance_m = energy_f - sum_f * sum_f / count, energy_m - sum_m * sum_m / count
     # Below this a variance is rounding, which in intensities of hundreds is far above epsilon.
     varied = (variance_f > ROUNDING * energy_f) & (variance_m > ROUNDING * energy_m)
     variances = jnp.where(varied, variance_f * variance_m, 1.0)
-    return jnp.where(varied, cross * cross / (variances + epsilon), 0.0).mean()
+    return slabs.mean(jnp.where(varied, cross * cross / (variances + epsilon), 0.0))
 
 
 def _window_sum(x: Array, window: int) -> Array:
@@ -72,24 +69,31 @@ def _window_sum(x: Array, window: int) -> Array:
     return x
 
 
-def _window_voxels(shape: tuple[int, ...], window: int) -> Float[Array, "d h w 1"]:
+def _window_voxels(x: Image, window: int) -> Float[Array, "d h w 1"]:
     """How many voxels of the volume each window holds, (d, h, w, 1); axis by axis, so that nothing is left for
     the compiler to fold."""
-    reach = window // 2
-    axes = [np.minimum(np.arange(n) + reach, n - 1) - np.maximum(np.arange(n) - reach, 0) + 1 for n in shape]
-    d, h, w = (jnp.asarray(axis, jnp.float32) for axis in axes)
+    reach, first = window // 2, slabs.first_plane(x)
+
+    def along(start, count, size):
+        place = start + jnp.arange(count)
+        held = jnp.minimum(place + reach, size - 1) - jnp.maximum(place - reach, 0) + 1
+        return jnp.maximum(held, 1).astype(jnp.float32)  # at least one in the planes that only pad a slab
+
+    d = along(first, x.shape[-4], slabs.depth(x))
+    h, w = (along(0, size, size) for size in x.shape[-3:-1])
     return d[:, None, None, None] * h[:, None, None] * w[:, None]
 
 
 def mse(fixed: Image, moved: Float[Array, "*b d h w c"]) -> Scalar:
     """The mean squared difference of intensities."""
-    return jnp.square(fixed.astype(jnp.float32) - moved.astype(jnp.float32)).mean()
+    return slabs.mean(jnp.square(fixed.astype(jnp.float32) - moved.astype(jnp.float32)))
 
 
 def soft_dice(fixed: Float[Array, "*b d h w k"], moved: Float[Array, "*b d h w k"], *, epsilon: float = 1e-5) -> Scalar:
     """The mean over labels and batch of 2 Σ f·m / (Σ f² + Σ m² + epsilon), for one-hot or probabilistic maps
     (Milletari et al., 3DV 2016)."""
-    total = functools.partial(jnp.sum, axis=(-4, -3, -2))
+    fixed, moved = slabs.masked(fixed), slabs.masked(moved)
+    total = lambda x: slabs.total(x.sum((-4, -3, -2)))
     return (2 * total(fixed * moved) / (total(fixed**2) + total(moved**2) + epsilon)).mean()
 
 
@@ -100,9 +104,13 @@ def diffusion(u: Displacement) -> Scalar:
     Raises:
       ValueError: an axis of one voxel.
     """
-    if min(u.shape[-4:-1]) < 2:
-        raise ValueError(f"Diffusion needs two voxels an axis, got {u.shape[-4:-1]}.")
-    return sum((jnp.square(jnp.diff(u, axis=axis)).mean() for axis in (-4, -3, -2)), jnp.float32(0)) / 3
+    depth = slabs.depth(u)
+    if min(depth, *u.shape[-3:-1]) < 2:
+        raise ValueError(f"Diffusion needs two voxels an axis, got {(depth, *u.shape[-3:-1])}.")
+    # The last plane's difference, to the border beyond it, is zero, and not counted.
+    ahead = jnp.diff(slabs.extended(u, 1, "border"), axis=-4)[..., 1:, :, :, :]
+    along = [slabs.mean(jnp.square(jnp.diff(u, axis=axis))) for axis in (-3, -2)]
+    return (slabs.mean(jnp.square(ahead)) * depth / (depth - 1) + sum(along, jnp.float32(0))) / 3
 
 
 def bending(u: Displacement) -> Scalar:
@@ -114,18 +122,24 @@ def bending(u: Displacement) -> Scalar:
     Raises:
       ValueError: an axis of fewer than three voxels.
     """
-    if min(u.shape[-4:-1]) < 3:
-        raise ValueError(f"Bending needs three voxels an axis, got {u.shape[-4:-1]}.")
-    inner = lambda x: x[..., 1:-1, 1:-1, 1:-1, :]
+    depth = slabs.depth(u)
+    if min(depth, *u.shape[-3:-1]) < 3:
+        raise ValueError(f"Bending needs three voxels an axis, got {(depth, *u.shape[-3:-1])}.")
+    place = slabs.first_plane(u) + jnp.arange(u.shape[-4])
+    between = ((place > 0) & (place < depth - 1))[:, None, None, None]
+    u = slabs.extended(u, 1, "border")
+    inner_mean = lambda x: (
+        slabs.mean(jnp.where(between, jnp.square(x[..., 1:-1, 1:-1, 1:-1, :]), 0)) * depth / (depth - 2)
+    )
     shift = lambda x, axis, by: jnp.roll(x, -by, axis=axis)  # what wraps around is cut off with the outer voxels
     energy = jnp.float32(0)
     for a, b in itertools.combinations_with_replacement((-4, -3, -2), 2):
         if a == b:
-            energy += jnp.square(inner(shift(u, a, 1) - 2 * u + shift(u, a, -1))).mean()
+            energy += inner_mean(shift(u, a, 1) - 2 * u + shift(u, a, -1))
         else:
             along_a = (shift(u, a, 1) - shift(u, a, -1)) / 2
             mixed = (shift(along_a, b, 1) - shift(along_a, b, -1)) / 2
-            energy += 2 * jnp.square(inner(mixed)).mean()
+            energy += 2 * inner_mean(mixed)
     return energy
 
 

@@ -15,6 +15,8 @@ from jax import lax
 from jax.scipy import ndimage
 from jaxtyping import Array, Float, Num
 
+from dilformer_jax.ops import ring, slabs
+
 
 def grid(shape: tuple[int, ...]) -> Float[Array, "d h w 3"]:
     """The voxel coordinates of a volume of this shape."""
@@ -41,8 +43,10 @@ def warp(
     The engine 'map_coordinates' is `jax.scipy.ndimage`'s, to compare with: slower, its nearest rounds halves away from
     zero, and its gradient at the last face is zero.
 
+    A volume split over devices (`ops.slabs`) is sampled by gathers, trilinearly and padded with its border.
+
     Raises:
-      ValueError: an unknown order, padding or engine.
+      ValueError: an unknown order, padding or engine, or another than these for a split volume.
     """
     if order not in (0, 1):
         raise ValueError(f"A warp has order 0 (nearest) or 1 (trilinear), got {order}.")
@@ -53,7 +57,10 @@ def warp(
     # From NumPy too: the engines index as only JAX's arrays can be.
     image, displacement = jnp.asarray(image), jnp.asarray(displacement)
     images = image.reshape(-1, *image.shape[-4:])
-    coordinates = (grid(displacement.shape[-4:-1]) + displacement).reshape(-1, *displacement.shape[-4:])
+    place = grid(displacement.shape[-4:-1]) + jnp.array([1.0, 0.0, 0.0]) * slabs.first_plane(displacement)
+    coordinates = (place + displacement).reshape(-1, *displacement.shape[-4:])
+    if slabs.current() is not None and (order, padding, engine) != (1, "border", "gather"):
+        raise ValueError(f"A split volume is not warped with order {order}, padding {padding!r} and engine {engine!r}.")
     sample = _map_coordinates if engine == "map_coordinates" else _gather
     return sample(images, coordinates, order, padding).reshape(*displacement.shape[:-1], image.shape[-1])
 
@@ -77,10 +84,12 @@ def _gather(images, coordinates, order, padding):
         images = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
         coordinates = coordinates + 1.0
     # Strict inequalities: on the faces themselves the gradient must flow (`jnp.clip` halves it there).
-    last = jnp.asarray([size - 1.0 for size in images.shape[1:4]], coordinates.dtype)
+    last = jnp.array([slabs.depth(images) - 1, *(size - 1 for size in images.shape[2:4])], coordinates.dtype)
     inside = jnp.where(coordinates < 0, 0.0, jnp.where(coordinates > last, last, coordinates))
+    if slabs.current() is not None:
+        return ring.sampled(_trilinear, images, inside)
     if order == 1:
-        return _trilinear(images, inside)
+        return _trilinear(images, inside, last)
     return _voxels(images).at[_index(inside.astype(jnp.int32), images.shape)].get(mode="promise_in_bounds")
 
 
@@ -97,10 +106,9 @@ def _index(voxel, shape):
     return first + (voxel[..., 0] * h + voxel[..., 1]) * w + voxel[..., 2]
 
 
-def _corners(coordinates, shape):
+def _corners(coordinates, shape, last):
     """The list indices of the eight voxels around each point, (b, e, f, g, 8), and the point's place between them, (b,
     e, f, g, 3)."""
-    last = jnp.asarray([size - 1.0 for size in shape[1:4]], coordinates.dtype)
     # At most the last voxel but one, so that the last face interpolates backwards instead of reading beyond it.
     low = jnp.clip(jnp.floor(coordinates), 0, jnp.maximum(last - 1, 0))
     # An axis of one voxel has no second corner; its weight is zero.
@@ -123,13 +131,13 @@ CORNERS = tuple(itertools.product((0, 1), repeat=3))
 
 
 @jax.custom_vjp
-def _trilinear(images, coordinates):
-    """Images (b, d, h, w, c) at coordinates (b, e, f, g, 3) inside the volume.
+def _trilinear(images, coordinates, last):
+    """Images (b, d, h, w, c) at coordinates (b, e, f, g, 3) inside the volume, whose last voxel is `last` (3,).
 
     The gradient rule gathers the corners anew instead of keeping eight copies of the image, and is three times faster
     than the derived one on the CPU.
     """
-    index, fraction = _corners(coordinates, images.shape)
+    index, fraction = _corners(coordinates, images.shape, last)
     voxels = _voxels(images)
     moved = jnp.zeros((), images.dtype)
     for corner, bits in enumerate(CORNERS):
@@ -137,13 +145,13 @@ def _trilinear(images, coordinates):
     return moved
 
 
-def _trilinear_forward(images, coordinates):
-    return _trilinear(images, coordinates), (images, coordinates)
+def _trilinear_forward(images, coordinates, last):
+    return _trilinear(images, coordinates, last), (images, coordinates, last)
 
 
 def _trilinear_backward(saved, gradient):
-    images, coordinates = saved
-    index, fraction = _corners(coordinates, images.shape)
+    images, coordinates, last = saved
+    index, fraction = _corners(coordinates, images.shape, last)
     to_voxels = jnp.zeros_like(_voxels(images))
     for corner, bits in enumerate(CORNERS):
         share = gradient * _weights(fraction, bits)[..., None]
@@ -153,7 +161,7 @@ def _trilinear_backward(saved, gradient):
     slopes = [
         sum(along[..., k] * _weights(fraction, bits, axis) for k, bits in enumerate(CORNERS)) for axis in range(3)
     ]
-    return to_voxels.reshape(images.shape), jnp.stack(slopes, axis=-1)
+    return to_voxels.reshape(images.shape), jnp.stack(slopes, axis=-1), jnp.zeros_like(last)
 
 
 _trilinear.defvjp(_trilinear_forward, _trilinear_backward)
@@ -181,8 +189,22 @@ def resize(
     antialiasing).
 
     Half-pixel by default: both grids cover the same box. With `align_corners` the first and the last voxels coincide
-    instead. One matrix product an axis; resizing by gathers is slow on TPU.
+    instead. One matrix product an axis; resizing by gathers is slow on TPU. A volume split over devices is enlarged a
+    whole number of times, in half-pixel convention, its slab to a slab of this shape.
+
+    Raises:
+      ValueError: a slab that is to become anything else.
     """
+    if slabs.current() is not None and x.shape[slabs.DEPTH] != shape[0]:
+        times, rest = divmod(shape[0], x.shape[-4])
+        if rest or align_corners:
+            raise ValueError(f"A slab of {x.shape[-4]} planes is enlarged a whole number of times, not to {shape[0]}.")
+        resized = lambda x: _resized(x, (x.shape[-4] * times, *shape[1:]), align_corners)
+        return slabs.same(resized, x, 1, edge="border", scale=(times, 1))
+    return _resized(x, shape, align_corners)
+
+
+def _resized(x, shape, align_corners):
     for axis, size in zip((-4, -3, -2), shape, strict=True):
         if x.shape[axis] != size:
             weights = _resize_weights(x.shape[axis], size, align_corners)
@@ -235,6 +257,11 @@ def jacobian_determinant(u: Float[Array, "*b d h w 3"]) -> Float[Array, "*b d h 
 
 
 def _difference(x: Array, axis: int) -> Array:
+    if axis == slabs.DEPTH and slabs.current() is not None:
+        wide = slabs.extended(x, 1, "border")
+        place = (slabs.first_plane(x) + jnp.arange(x.shape[-4]))[:, None, None, None]
+        central = (wide[..., 2:, :, :, :] - wide[..., :-2, :, :, :]) / 2
+        return jnp.where((place == 0) | (place == slabs.depth(x) - 1), 2 * central, central)
     derivative = jnp.gradient(x, axis=axis)
     assert isinstance(derivative, jax.Array)  # a list only where several axes are asked for
     return derivative

@@ -1,15 +1,16 @@
-"""Devices and processes: data parallelism by `jax.jit` over one mesh axis."""
+"""Devices and processes: one mesh whose axis 'data' splits the batch and whose axis 'space' splits each volume."""
 
-import functools
 import os
-from typing import TypeVar
+from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
 
 from dilformer_jax.io.volumes import BadInput
+from dilformer_jax.ops.slabs import Slabs, planes
 
-Tree = TypeVar("Tree")
 COORDINATOR, PROCESSES, PROCESS_ID = "DILFORMER_COORDINATOR", "DILFORMER_PROCESSES", "DILFORMER_PROCESS_ID"
 # How the launchers of Open MPI, and of MPICH and Intel MPI, tell a process how many there are.
 RANKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -46,20 +47,69 @@ def initialise() -> None:
         raise BadInput(f"the processes of this run could not be joined ({reason}); start all of them anew.") from error
 
 
-def mesh() -> Mesh:
-    """All devices of all processes along one axis, 'data'."""
+def mesh(space: int = 1) -> Mesh:
+    """All devices of all processes: `space` of them share each volume, and so many groups share the batch.
+
+    The axes are 'data' and 'space'; devices that share a volume stand beside each other, in one process where it has as
+    many.
+
+    Raises BadInput where the devices, or those of a process, do not divide so.
+    """
+    devices, local = jax.device_count(), jax.local_device_count()
+    if space < 1 or devices % space or max(space, local) % min(space, local):
+        raise BadInput(
+            f"space is {space} and there are {devices} devices, {local} to a process; give a number of devices a "
+            "volume that divides both, or is a multiple of those of a process."
+        )
+    in_order = np.array(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
     # Without the axis type the default decides, which JAX has changed before.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return Mesh(in_order.reshape(-1, space), ("data", "space"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-    """(replicated, sharded): a copy on every device, and the leading axis split over the devices."""
-    return NamedSharding(mesh, jax.P()), NamedSharding(mesh, jax.P("data"))
+def slabs(mesh: Mesh, depth: int, multiple: int) -> Slabs | None:
+    """How volumes of `depth` planes are split over the mesh, for a network that needs multiples of `multiple`; None
+    where each is on one device."""
+    count = mesh.shape["space"]
+    return None if count == 1 else Slabs("space", ("data", "space"), count, depth, planes(depth, count, multiple))
 
 
-def to_devices(batch: Tree, sharded: NamedSharding) -> Tree:
-    """Global arrays from each process's share (b, ...) of the batch, b times the number of processes along axis 0."""
-    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharded), batch)
+def share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of each batch this process reads, and how many there are: processes that split a volume between them
+    read the same."""
+    processes = max(1, mesh.shape["space"] // jax.local_device_count())
+    return jax.process_index() // processes, jax.process_count() // processes
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, jax.P())
+
+
+def sharded(mesh: Mesh) -> NamedSharding:
+    """Volumes (b, d, ...): the batch, and the first spatial axis of each volume, split over the devices."""
+    return NamedSharding(mesh, jax.P("data", "space"))
+
+
+def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh, slabs: Slabs | None) -> dict[str, Array]:
+    """Global arrays (b * shares, planes, ...) from each process's share (b, d, ...) of a batch of volumes; where they
+    are split, zeros pad them to what the devices have together."""
+    index, shares = share(mesh)
+    where = sharded(mesh)
+
+    def placed(volumes: np.ndarray) -> Array:
+        b, d, *rest = volumes.shape
+        whole = (b * shares, slabs.count * slabs.planes if slabs else d, *rest)
+
+        def part(place: tuple[slice, ...] | None) -> np.ndarray:
+            assert place is not None
+            rows, depth = place[0].indices(whole[0]), place[1].indices(whole[1])
+            own = volumes[rows[0] - index * b : rows[1] - index * b, depth[0] : depth[1]]
+            missing = depth[1] - depth[0] - own.shape[1]
+            return np.pad(own, ((0, 0), (0, missing), *((0, 0) for _ in rest))) if missing else own
+
+        return jax.make_array_from_callback(whole, where, part)
+
+    return {name: placed(volumes) for name, volumes in batch.items()}
 
 
 def describe() -> str:

@@ -8,10 +8,13 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.ops import losses
+from dilformer_jax.ops import losses, slabs
+from dilformer_jax.ops.slabs import Slabs
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -68,14 +71,15 @@ def step_function(
     loss: Mapping[str, Any],
     *,
     bidirectional: bool,
-    shardings: tuple,
+    mesh: Mesh,
+    split: Slabs | None = None,
 ) -> Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]:
     """The compiled step: (state, batch) to (state, metrics). The state given is used up.
 
-    The batch is split over the devices and everything else replicated (`shardings`, from `parallel.shardings`): XLA
-    then adds up the gradients of all devices by itself. A step is a function of its arguments alone.
+    The batch is split over the 'data' axis of the mesh, its volumes over the 'space' axis as `split` says (from
+    `parallel.slabs`), and everything else replicated. A step is a function of its arguments alone.
     """
-    replicated, _ = shardings
+    everywhere = ("data", "space")
 
     def objective(params, fixed, moving):
         displacements = module.apply({"params": params}, fixed, moving, both=bidirectional)
@@ -83,21 +87,31 @@ def step_function(
             # As the network orders them: pair by pair, both directions beside each other.
             beside = lambda first, second: jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
             fixed, moving = beside(fixed, moving), beside(moving, fixed)
-        return losses.multi_resolution(fixed, moving, displacements, **loss)
+        value, parts = losses.multi_resolution(fixed, moving, displacements, **loss)
+        # Each device's part of the mean over all of them: differentiated by one, it gives what its own copy of the
+        # parameters contributes.
+        return value / mesh.size, parts | {"loss": value}
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(replicated, replicated))
+    # Every device works on what it holds, by the same program as one device alone, and says itself what it needs of
+    # the others: `ops.slabs` what neighbouring slabs share, this function the sums.
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P(*everywhere), jax.P(*everywhere)),
+        out_specs=jax.P(),
+        check_vma=False,
+    )
+    def measured(params, fixed, moving):
+        with slabs.split(split):
+            gradients, parts = jax.grad(objective, has_aux=True)(params, fixed, moving)
+        return lax.psum(gradients, everywhere), lax.pmean(parts, everywhere)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=NamedSharding(mesh, jax.P()))
     def step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
-        (value, parts), gradients = jax.value_and_grad(objective, has_aux=True)(
-            state.params, batch["fixed"], batch["moving"]
-        )
+        gradients, parts = measured(state.params, batch["fixed"], batch["moving"])
         updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
         advanced = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         share = parts["regulariser"] / (jnp.abs(parts["similarity"]) + parts["regulariser"])
-        return advanced, {
-            "loss": value,
-            **parts,
-            "regulariser_share": share,
-            "gradient_norm": optax.tree.norm(gradients),
-        }
+        return advanced, parts | {"regulariser_share": share, "gradient_norm": optax.tree.norm(gradients)}
 
     return step
