@@ -52,13 +52,16 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def devices(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> dict[int, Path]:
-    """Workdirs of `training_runs.FIVE`, by the number of devices."""
+    """Workdirs of `training_runs.FIVE`, by the number of devices; of four, two share each volume."""
     import training_runs as runs
 
     found = {count: tmp_path_factory.mktemp("devices") / str(count) for count in (1, 4)}
     # Side by side: most of their time is a compiler's, which uses one core.
     starts = (
-        runs.start(runs.training(path, phantoms, *runs.FIVE), env=runs.environment(count))
+        runs.start(
+            runs.training(path, phantoms, *runs.FIVE, f"--config.space={2 if count > 1 else 1}"),
+            env=runs.environment(count),
+        )
         for count, path in found.items()
     )
     runs.finish(*starts)

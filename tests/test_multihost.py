@@ -18,7 +18,8 @@ def of_gloo(line: str) -> bool:
 
 
 def test_two_processes_train_as_one(devices: dict[int, Path], phantoms: Path, tmp_path: Path) -> None:
-    """Two devices each, against one process with the four: the same batches, put together in another order."""
+    """Two devices each, against one process of four, two of which share each volume: the same batches, in another
+    order."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

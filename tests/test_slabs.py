@@ -1,16 +1,20 @@
 """What is computed on slabs is what is computed on whole volumes: values and gradients, over four simulated devices."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
+from dilformer_jax import models
 from dilformer_jax.models import blocks
 from dilformer_jax.ops import conv, losses, slabs, spatial
-from dilformer_jax.training import parallel
+from dilformer_jax.training import parallel, state
 
 # Not to be divided among four devices: 22 planes, the last of four slabs of 6 being two thirds full; at the next level
 # 11 planes in slabs of 3, of which a reach of 4 or more is beyond the next neighbour.
@@ -114,3 +118,31 @@ def test_slabs_are_the_whole(program):
             np.testing.assert_array_equal(ours[:, theirs.shape[1] :], 0)
             ours = ours[:, : theirs.shape[1]]
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_step_exchanges_halos_and_gathers_nothing():
+    """In the program that JAX hands to the compiler, which divides nothing itself any more: `experiments/scaling.py`
+    looks at the compiled ones."""
+    module = models.create("dilformer", width=4, levels=2)
+    transformation = optax.sgd(1.0)
+    image = jnp.zeros((1, 8, 8, 8, 1))
+    params = jax.eval_shape(module.init, jax.random.key(0), image, image)["params"]
+    loss = {
+        "similarity": "lncc", "border": "cut", "finest": 0, "weights": (1.0, 0.5), "windows": (5, 3),
+        "regulariser": "diffusion", "regulariser_weight": 1.0,
+    }  # fmt: skip
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(1, 4), ("data", "space"))
+    split = parallel.slabs(mesh, 22, module.downsampling)
+    step = state.step_function(module, transformation, loss, bidirectional=True, mesh=mesh, split=split)
+    volumes = jax.ShapeDtypeStruct((1, 24, 16, 12, 1), jnp.float32, sharding=parallel.sharded(mesh))
+    now = state.State(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(transformation.init, params))
+    text = step.lower(now, {"fixed": volumes, "moving": volumes}).as_text()
+    assert not re.search("all_gather|all_to_all|reduce_scatter", text)
+    sizes = {
+        kind: [math.prod(map(int, re.findall(r"\d+(?=x)", shape))) for shape in re.findall(result, text, re.DOTALL)]
+        for kind in ("collective_permute", "all_reduce")
+        if (result := rf'stablehlo\.{kind}".*?\) -> tensor<((?:\d+x)*)\w+>')
+    }
+    assert len(sizes["collective_permute"]) > 50
+    # What is added up: parameters, statistics, planes at a border; never a volume of features.
+    assert max(sizes["all_reduce"]) <= 2 * 16 * 12 * 8

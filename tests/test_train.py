@@ -71,7 +71,12 @@ def test_a_run_leaves_what_explains_it(workdir: Path, phantoms: Path) -> None:
 def test_one_and_four_devices_compute_the_same(devices: dict[int, Path]) -> None:
     one, four = (np.array(runs.losses(devices[count])) for count in (1, 4))
     assert len(one) == 5 and np.ptp(one) > 1e-3
-    np.testing.assert_allclose(four, one, rtol=0, atol=1e-5)
+    # Adam's first steps make much of a gradient near zero, and so of its rounding.
+    np.testing.assert_allclose(four, one, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(four[:2], one[:2], rtol=0, atol=1e-6)
+    of_first, of_second = (logs.read(devices[count] / "metrics.jsonl")[1] for count in (1, 4))
+    for name in ("gradient_norm", "similarity", "regulariser"):
+        assert of_second[name] == pytest.approx(of_first[name], rel=1e-5)
 
 
 VOXELMORPH, DILFORMER = "voxelmorph_lpba40_cpu", "lpba40_cpu"
