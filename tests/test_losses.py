@@ -111,14 +111,23 @@ def test_lncc_is_one_of_an_image_with_itself_and_blind_to_scale_and_offset():
     )
 
 
-def test_lncc_survives_a_large_offset():
+@pytest.mark.parametrize("border", ["cut", "zeros"])
+def test_lncc_survives_a_large_offset(border):
     """Uncentred, window sums of squares near a million would leave nothing of a variance of 1."""
-    fixed, moved = image(12, 13, 14, 1), image(12, 13, 14, 1, seed=1)
-    near, far = compiled(
-        lambda f, m: [losses.lncc(f, m, 5), losses.lncc(f + 1000, m + 1000, 5)], fixed, 0.5 * fixed + 0.5 * moved
-    )
-    assert near > 0.2
-    assert far == pytest.approx(near, abs=1e-3)
+    near = image(12, 13, 14), image(12, 13, 14, seed=1)
+    near = near[0], 0.5 * near[0] + 0.5 * near[1]
+    # As float32 holds them, for the loop as well.
+    far = [np.asarray(x + 1000, np.float32).astype(np.float64) for x in near]
+    every = lambda f, m: [losses.lncc(f, m, window, border=border) for window in (5, 9)]
+    slope = lambda f, m: jax.grad(lambda m: losses.lncc(f, m, 5, border=border))(m)
+    values, gradient = compiled(lambda f, m: (every(f, m), slope(f, m)), *(x[..., None] for x in far))
+    for window, value in zip((5, 9), values, strict=True):
+        expected = lncc_by_loop(*far, window, border)
+        assert value == pytest.approx(expected, abs=1e-4 * expected), window
+    if border == "cut":
+        unmoved = compiled(lambda f, m: (losses.lncc(f, m, 5), slope(f, m)), *(x[..., None] for x in near))
+        assert values[0] == pytest.approx(unmoved[0], abs=1e-3)
+        np.testing.assert_allclose(gradient, unmoved[1], atol=2e-3 * np.abs(unmoved[1]).max())
 
 
 def test_lncc_of_constant_images_is_zero_with_a_finite_gradient():

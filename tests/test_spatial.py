@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax import lax
 from scipy import linalg, ndimage  # type: ignore[import-untyped]
 
-from dilformer_jax.ops import metrics, spatial
+from dilformer_jax.ops import metrics, sampling, spatial
 
 SHAPE = (7, 6, 5)
 # With zeros, points less than one voxel outside still see the border: SciPy's 'grid-constant', not its 'constant'.
@@ -225,6 +226,88 @@ def test_warp_refuses_unknown_options():
             spatial.warp(image, u, **option)
 
 
+@pytest.mark.parametrize("axis", [None, 0, 2])
+def test_the_cpus_gradients_of_sampling_are_the_other_platforms(axis):
+    """In two volumes of two channels, and where an axis has one voxel."""
+    shape = [4, 3, 5] if axis is None else [n if a != axis else 1 for a, n in enumerate((4, 3, 5))]
+    last, images = np.array(shape) - 1.0, numbers(2, *shape, 2)
+    at = np.random.default_rng(1).uniform(0, last, (2, 3, 2, 4, 3))
+    at[:, 0, 0] = last  # a face
+    forms = [
+        (sampling.slopes, sampling.slopes_by_planes),
+        (sampling.spread, sampling.spread_by_planes),
+    ]
+    every = lambda *operands: [[form(*operands) for form in pair] for pair in forms]
+    for default, cpu in compiled(every, images, at, last, numbers(2, 3, 2, 4, 2, seed=2)):
+        assert np.abs(default).max() > 0.5
+        np.testing.assert_allclose(cpu, default, atol=1e-5)
+
+
+def test_the_scatter_to_the_image_runs_only_where_its_gradient_is_asked_for():
+    image, u = jnp.ones((3, 4, 5, 1)), jnp.ones((3, 4, 5, 3))
+    warped = lambda image, u: spatial.warp(image, u).sum()
+
+    def along_a_loop(image, u):
+        again = jax.checkpoint(lambda u: u + warped(image, u))
+        return lax.scan(lambda u, _: (again(u), None), u, length=2)[0].sum()
+
+    for function in (warped, jax.jit(warped), along_a_loop):
+        primitives = [
+            {equation.primitive.name for equation in equations(jax.make_jaxpr(jax.grad(function, argnums))(image, u))}
+            for argnums in (0, 1, (0, 1))
+        ]
+        assert ["scatter-add" in names for names in primitives] == [True, False, True]
+    # To the image alone, nothing is gathered but what the forward pass needs.
+    names = [equation.primitive.name for equation in equations(jax.make_jaxpr(jax.grad(warped))(image, u))]
+    assert names.count("gather") == 8
+
+
+def test_second_derivatives_of_warp_equal_finite_differences():
+    """Of moved², whose second derivatives along one axis are not zero; the gradient itself is differenced."""
+    image, u = numbers(4, 3, 5, 2), off_the_voxels((5, 4, 3, 3), (4, 3, 5))
+    direction = numbers(5, 4, 3, 3, seed=2)
+    directions = numbers(4, 3, 5, 2, seed=3), direction
+
+    def curvature(image, u, directions):
+        energy = lambda image, u: 0.5 * (spatial.warp(image, u) ** 2).sum()
+        along = lambda image, u: sum(
+            (slope * way).sum() for slope, way in zip(jax.grad(energy, (0, 1))(image, u), directions, strict=True)
+        )
+        return jax.grad(along, (0, 1))(image, u)
+
+    def slopes(image, u):
+        return gradients_by_differences(image, u, warp_by_scipy(image, u), "border")
+
+    step = 1e-3
+    ahead, behind = (slopes(image + by * directions[0], u + by * directions[1]) for by in (step, -step))
+    for ours, rise, drop in zip(compiled(curvature, image, u, directions), ahead, behind, strict=True):
+        expected = (rise - drop) / (2 * step)
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(ours, expected, atol=2e-3)
+
+
+def test_warp_of_bfloat16_and_of_integers():
+    """A coarse image keeps its dtype, its interpolation is in float32; labels between voxels become float32."""
+    image, u, cotangent = GRADIENT_OPERANDS
+    coarse = jnp.asarray(image, jnp.bfloat16)
+
+    @jax.jit
+    def answers(image, u, cotangent):
+        moved, pull = jax.vjp(spatial.warp, image, u)
+        return moved, *pull(cotangent.astype(moved.dtype))
+
+    got = answers(coarse, single(u), single(cotangent))
+    assert [x.dtype for x in got] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    expected = answers(coarse.astype(jnp.float32), single(u), jnp.bfloat16(cotangent).astype(jnp.float32))
+    for ours, theirs in zip(got, expected, strict=True):
+        rounding = 2.0**-8 if ours.dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(np.float32(ours), theirs, rtol=rounding, atol=1e-5)
+    whole = jnp.asarray(10 * image, jnp.int32)
+    slope = jax.jit(jax.grad(lambda u, image: spatial.warp(image, u).sum()))
+    assert spatial.warp(whole, single(u)).dtype == jnp.float32
+    np.testing.assert_array_equal(slope(single(u), whole), slope(single(u), whole.astype(jnp.float32)))
+
+
 # --- compose and integrate ---
 
 TURN = np.array([[0.0, 0.12, -0.05], [-0.1, 0.05, 0.0], [0.06, 0.0, -0.08]])
@@ -335,7 +418,8 @@ def test_integrate_is_one_rolled_loop():
     """Unrolled, a diffeomorphic network compiles ten times more slowly."""
     integral = lambda steps: lambda v: spatial.integrate(v, steps)
     slope = lambda steps: jax.grad(lambda v: spatial.integrate(v, steps).sum())
-    for program, loops in (integral, 1), (slope, 2):
+    # The gradient's loops: forth and back over the steps, and two over the planes of a step.
+    for program, loops in (integral, 1), (slope, 4):
         names = [
             [equation.primitive.name for equation in equations(jax.make_jaxpr(program(steps))(jnp.ones((4, 4, 4, 3))))]
             for steps in (2, 7)

@@ -40,17 +40,22 @@ def lncc(
     if border not in ("cut", "zeros"):
         raise ValueError(f"LNCC's border is 'cut' or 'zeros', got {border!r}.")
     # Centred first, in float32: window sums of squares of uncentred intensities lose the variance to rounding.
-    if border == "cut":
-        f, m = (x - slabs.mean(x, (-4, -3, -2), keepdims=True) for x in map(jnp.float32, (fixed, moved)))
-        count = _window_voxels(fixed, window)
-    else:
-        # Padding with zeros is meant of the intensities themselves, so there is nothing to centre on.
-        f, m = fixed.astype(jnp.float32), moved.astype(jnp.float32)
-        count = jnp.float32(window**3)
+    f, m = (x.astype(jnp.float32) for x in (fixed, moved))
+    centre_f, centre_m = (slabs.mean(x, (-4, -3, -2), keepdims=True) for x in (f, m))
+    f, m = f - centre_f, m - centre_m
+    held = _window_voxels(fixed, window)
+    count = held if border == "cut" else jnp.float32(window**3)
     sums = lambda x: slabs.same(functools.partial(_window_sum, window=window), x, window // 2)
     sum_f, sum_m, energy_f, energy_m = sums(f), sums(m), sums(f * f), sums(m * m)
     cross = sums(f * m) - sum_f * sum_m / count
     variance_f, variance_m = energy_f - sum_f * sum_f / count, energy_m - sum_m * sum_m / count
+    if border == "zeros":
+        # The voxels beyond the faces lie below the centres by as much as these are above zero: what they add to the
+        # sums in closed form, which is nothing where the window is whole.
+        beyond = (count - held) / count
+        cross += beyond * (centre_f * sum_m + centre_m * sum_f + held * centre_f * centre_m)
+        variance_f += beyond * centre_f * (2 * sum_f + held * centre_f)
+        variance_m += beyond * centre_m * (2 * sum_m + held * centre_m)
     # Below this a variance is rounding, which in intensities of hundreds is far above epsilon.
     varied = (variance_f > ROUNDING * energy_f) & (variance_m > ROUNDING * energy_m)
     variances = jnp.where(varied, variance_f * variance_m, 1.0)
