@@ -23,7 +23,7 @@ from jax import lax
 
 from dilformer_jax import models
 from dilformer_jax.ops import conv, losses, spatial
-from dilformer_jax.training import state
+from dilformer_jax.training import parallel, state
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Shape = tuple[int, int, int]
@@ -310,14 +310,14 @@ def step_run(dtype: str, quick: bool, shape: Shape) -> Run | None:
     module = models.create("dilformer", **options)
     transformation = state.optimiser(total_steps=10_000, **config.optimiser.to_dict())
     params = random_parameters(module)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # One device, however many there are.
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "space"))
     zero = jnp.zeros((), jnp.int32)
-    now = jax.device_put(state.State(zero, params, jax.jit(transformation.init)(params)), here)
-    advance = state.step_function(
-        module, transformation, config.loss.to_dict(), bidirectional=False, shardings=(here, here)
-    )
+    first = state.State(zero, params, jax.jit(transformation.init)(params))
+    now = jax.device_put(first, parallel.replicated(mesh))
+    advance = state.step_function(module, transformation, config.loss.to_dict(), bidirectional=False, mesh=mesh)
     batch = {"fixed": noise(0, 1, *shape, 1), "moving": noise(1, 1, *shape, 1)}
-    batch = jax.device_put(batch, here)
+    batch = jax.device_put(batch, parallel.sharded(mesh))
 
     def run() -> Any:
         nonlocal now
