@@ -34,7 +34,7 @@ def instance_norm(x: Features) -> Features:
 
 class Conv(nn.Module):
     """A convolution of `ops.conv` with its parameters: `kernel` (kd, kh, kw, c, features) and, unless a norm follows,
-    `bias`."""
+    `bias`. A 1³ takes several features, which stand beside each other as its c channels."""
 
     features: int
     kernel: tuple[int, int, int] = (3, 3, 3)
@@ -43,9 +43,14 @@ class Conv(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: Features) -> Float[Array, "b e f g o"]:
-        kernel = self.param("kernel", self.kernel_init, (*self.kernel, x.shape[-1], self.features))
-        x = x @ kernel[0, 0, 0] if self.kernel == (1, 1, 1) else convolution.conv(x, kernel, stride=self.stride)
+    def __call__(self, *inputs: Float[Array, "b d h w _"]) -> Float[Array, "b e f g o"]:
+        width = sum(x.shape[-1] for x in inputs)
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel, width, self.features))
+        if self.kernel == (1, 1, 1):
+            x = convolution.pointwise(inputs, kernel[0, 0, 0])
+        else:
+            (x,) = inputs
+            x = convolution.conv(x, kernel, stride=self.stride)
         return x + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else x
 
 
@@ -87,7 +92,7 @@ class MSR(nn.Module):
         for kernel in ((5, 1, 1), (1, 5, 1), (1, 1, 5)):
             wide = Conv(width - width // 2, kernel, bias=False)(wide)
         wide = activation(instance_norm(wide))
-        y = Conv(width, (1, 1, 1), bias=False)(jnp.concatenate([narrow, wide], axis=-1))
+        y = Conv(width, (1, 1, 1), bias=False)(narrow, wide)
         return activation(instance_norm(y + x))
 
 
@@ -260,8 +265,8 @@ class SRF(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Features) -> Widened:
-        x = Conv(self.features, (1, 1, 1))(x)
+    def __call__(self, *inputs: Float[Array, "b d h w _"]) -> Widened:
+        x = Conv(self.features, (1, 1, 1))(*inputs)
         y = activation(x)
         for _ in range(2):
             for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):
@@ -276,8 +281,8 @@ class Fusion(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Features) -> Widened:
-        return ConvNorm(self.features)(ConvNorm(self.features)(x))
+    def __call__(self, *inputs: Float[Array, "b d h w _"]) -> Widened:
+        return ConvNorm(self.features)(ConvNorm(self.features)(jnp.concatenate(inputs, axis=-1)))
 
 
 class Head(nn.Module):
