@@ -160,7 +160,7 @@ class DilformerNet(nn.Module):
                 inputs = [f, seen, below]
                 if self.correlation and level:
                     inputs.append(correlation(f, seen))
-                x = fuse(jnp.concatenate(inputs, axis=-1))
+                x = fuse(*inputs)
                 if self.dilformer == "fused" and recursion == 0:
                     for block in range(dilformer_blocks(level, self.levels)):
                         x = Dilformer(

@@ -7,7 +7,9 @@ function, or one exported artefact, serves every platform.
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,59 @@ def depthwise(
     if any(size % 2 == 0 for size in kernel.shape[:3]):
         raise ValueError(f"A depthwise convolution needs odd kernel sizes, got {kernel.shape[:3]}.")
     return slabs.same(lambda x: _depthwise(x, kernel, dilation), x, dilation * (kernel.shape[0] // 2))
+
+
+def pointwise(inputs: Sequence[Float[Array, "b d h w _"]], kernel: Float[Array, "c o"]) -> Float[Array, "b d h w o"]:
+    """A 1³ convolution of features that stand beside each other as channels, c together, without a copy of the volume
+    that puts them there."""
+    return _pointwise(tuple(inputs), kernel)
+
+
+# --- 1³ ---
+
+
+@jax.custom_vjp
+def _pointwise(inputs, kernel):
+    if len(inputs) == 1:
+        return inputs[0] @ kernel
+    return lax.platform_dependent(*inputs, kernel, cpu=_by_planes, default=_sum_of_products)
+
+
+def _pointwise_forward(inputs, kernel):
+    return _pointwise(inputs, kernel), (inputs, kernel)
+
+
+def _pointwise_backward(saved, gradient):
+    inputs, kernel = saved
+    parts = _rows(inputs, kernel)
+    to_kernel = [
+        jnp.einsum("bdhwc,bdhwo->co", x, gradient, preferred_element_type=jnp.promote_types(kernel.dtype, jnp.float32))
+        for x in inputs
+    ]
+    return tuple(gradient @ part.T for part in parts), jnp.concatenate(to_kernel).astype(kernel.dtype)
+
+
+_pointwise.defvjp(_pointwise_forward, _pointwise_backward)
+
+
+def _rows(inputs, kernel):
+    """The kernel's rows for each input."""
+    ends = itertools.accumulate(x.shape[-1] for x in inputs)
+    return [kernel[end - x.shape[-1] : end] for x, end in zip(inputs, ends, strict=True)]
+
+
+def _sum_of_products(*operands):
+    *inputs, kernel = operands
+    return sum(x @ part for x, part in zip(inputs, _rows(inputs, kernel), strict=True))
+
+
+def _by_planes(*operands):
+    """The CPU's form: beside each other a plane at a time, which stays in the cache for its product."""
+    *inputs, kernel = operands
+    b, d, h, w, _ = inputs[0].shape
+    planes = tuple(x.reshape(b * d, h, w, -1) for x in inputs)
+    y = lax.map(lambda plane: jnp.concatenate(plane, axis=-1) @ kernel, planes)
+    return y.reshape(b, d, h, w, -1)
 
 
 # --- stride 1 ---
