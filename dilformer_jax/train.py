@@ -9,21 +9,19 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
-from dilformer_jax import cli, models
-from dilformer_jax.data import pipeline, sources
+from dilformer_jax import cli
+from dilformer_jax.data import sources
 from dilformer_jax.io.volumes import BadInput, replacing
-from dilformer_jax.ops import metrics
-from dilformer_jax.registration import evaluation
-from dilformer_jax.registration.pipeline import Predictor, keywords
-from dilformer_jax.reporting import figures, provenance, tables
-from dilformer_jax.training import checkpoint, logs, parallel, state
+from dilformer_jax.reporting import provenance, tables
+from dilformer_jax.training import logs
+
+if TYPE_CHECKING:
+    from dilformer_jax.registration.pipeline import Predictor
 
 RECORD = "run.json"
 # What may change between two starts of one run: where the data lie and how they are read, not what is computed.
@@ -32,6 +30,17 @@ CHANGEABLE = ("data.directory", "data.cache", "data.workers")
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Trains what the configuration says, in WORKDIR; started again, it goes on from the last checkpoint."""
+    # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
+    import jax
+    import jax.numpy as jnp
+
+    from dilformer_jax import models
+    from dilformer_jax.data import pipeline
+    from dilformer_jax.registration import evaluation
+    from dilformer_jax.registration.pipeline import Predictor, keywords
+    from dilformer_jax.reporting import figures
+    from dilformer_jax.training import checkpoint, parallel, state
+
     # --- Devices and configuration ---
     parallel.initialise()
     first = jax.process_index() == 0
@@ -41,7 +50,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         # As it is now: started again on other devices, 0 would come to mean other batches.
         config.batch_size = config.batch_size or jax.device_count()
     batch_size = config.batch_size
-    _check(config, batch_size)
+    _check(config, batch_size, jax.device_count())
     try:
         module = models.create(config.model.name, **keywords(config.model.options.to_dict()))
     except ValueError as error:
@@ -95,7 +104,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
         # --- Resume: the restored state, and the log as it was at that step ---
         done = checkpoints.latest_step()
-        began = _record(pairs, grid)
+        began = _record(pairs, grid, parallel.describe())
         if done is not None:
             _check_record(workdir, began, config.data.directory)
         _write_config(config, workdir, resuming=done is not None, writing=first)
@@ -174,8 +183,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         figures.save(workdir / "figures" / "training.png", figures.training(logs.read(workdir / logs.METRICS)))
 
 
-def _check(config: ConfigDict, batch_size: int) -> None:
-    devices = jax.device_count()
+def _check(config: ConfigDict, batch_size: int, devices: int) -> None:
     if batch_size < 1 or batch_size % devices:
         raise BadInput(
             f"batch_size {batch_size} does not divide among {devices} devices; "
@@ -206,10 +214,15 @@ def _spread(pairs: tuple[sources.Pair, ...], count: int) -> list[sources.Pair]:
 
 
 def _validate(
-    predictor: Predictor, params: Any, pairs: list[sources.Pair], labels: tuple[int, ...]
+    predictor: "Predictor", params: Any, pairs: list[sources.Pair], labels: tuple[int, ...]
 ) -> dict[str, float]:
     """Means over the pairs, at the resolution of the files: Dice before and now, folding, and how far the displacement
     reaches."""
+    import jax
+
+    from dilformer_jax.ops import metrics
+    from dilformer_jax.registration import evaluation
+
     method = evaluation.method_of(dataclasses.replace(predictor, params=jax.device_get(params)))
     rows = []
     for pair in pairs:
@@ -258,13 +271,13 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
             partial.write_text(json.dumps(new, indent=2) + "\n")
 
 
-def _record(pairs: Sequence[sources.Pair], grid: dict[str, Any]) -> dict[str, Any]:
+def _record(pairs: Sequence[sources.Pair], grid: dict[str, Any], devices: str) -> dict[str, Any]:
     """By which program the run was last started, on which pairs, and their grid, which `register` compares."""
     names = "\n".join(pair.name for pair in pairs)
     return {
         "command": provenance.command("train", None),
         "versions": provenance.versions(),
-        "devices": parallel.describe(),
+        "devices": devices,
         "pairs": {"number": len(pairs), "sha256": hashlib.sha256(names.encode()).hexdigest()},
         "grid": grid,
     }

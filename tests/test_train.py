@@ -14,7 +14,7 @@ from dilformer_jax import train
 from dilformer_jax.data import pipeline, sources
 from dilformer_jax.io.volumes import read_labels, write_labels
 from dilformer_jax.models import bundle
-from dilformer_jax.training import checkpoint, logs
+from dilformer_jax.training import checkpoint, logs, state
 
 
 def test_a_killed_run_ends_as_one_never_killed(workdir: Path, tmp_path: Path, phantoms: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_gradient_that_is_no_number_is_not_kept(
 
         return step
 
-    monkeypatch.setattr(train.state, "step_function", step_function)
+    monkeypatch.setattr(state, "step_function", step_function)
     data = ("--config.data.name=folder", f"--config.data.directory={phantoms}")
     told = refusal(monkeypatch, capsys, tmp_path / "run", *data)
     assert told.startswith("The gradient norm is nan at step 4, on phantom_")
