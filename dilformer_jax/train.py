@@ -39,7 +39,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     from dilformer_jax.registration import evaluation
     from dilformer_jax.registration.pipeline import Predictor, keywords
     from dilformer_jax.reporting import figures
-    from dilformer_jax.training import checkpoint, parallel, state
+    from dilformer_jax.training import checkpoint, feeding, parallel, state
 
     # --- Devices and configuration ---
     parallel.initialise()
@@ -65,7 +65,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             f"{', '.join(sorted(known)) or 'none'}; mend it in the configuration."
         )
     dataset = source(Path(config.data.directory), **options)
-    preprocessing, cache = config.data.preprocessing.to_dict(), config.data.cache
+    preprocessing, resident = config.data.preprocessing.to_dict(), config.data.cache == "device"
+    cache = None if resident else config.data.cache or None
     pairs = sources.split(dataset, "train")
     held_out = _spread(sources.split(dataset, "validation"), config.validation_pairs)
     evaluation.check([*pairs, *held_out], evaluation.method_of(None))
@@ -100,6 +101,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     except (TypeError, ValueError) as error:
         raise BadInput(f"config.model or config.loss: {error}") from error
     predictor = Predictor(module, now.params, preprocessing, config.model.name, "")
+    volumes = feeding.upload(pairs, preprocessing, shape, replicated) if resident else None
+    feed = feeding.feeder(sharded, volumes)
 
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
         # --- Resume: the restored state, and the log as it was at that step ---
@@ -122,8 +125,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             pipeline.batches(
                 pairs, preprocessing, batch_size=batch_size, seed=config.seed, start_step=start,
                 workers=config.data.workers,
-                flips=config.data.flips, affine=config.data.affine, cache=cache, process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                flips=config.data.flips, affine=config.data.affine, images=not resident, cache=cache,
+                process_index=jax.process_index(), process_count=jax.process_count(),
             ) as batches,
         ):  # fmt: skip
             parameters = sum(x.size for x in jax.tree.leaves(now.params))
@@ -142,31 +145,32 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 progress.print(_sentence(0, scores))
 
             # --- The loop: step, check, log, validate, checkpoint; in this order, so that a resumed log is the same
-            # log ---
+            # log. The devices never wait: the next batch is on its way while they compute, and a step's figures are
+            # fetched when the step after it has been handed to them ---
             seen: list[dict[str, float]] = []
+            fed = ((batch["index"], feed(batch)) for batch in batches)
+            ahead: list[tuple[np.ndarray, dict[str, Any]]] = []
+            running: list[tuple[int, np.ndarray, dict[str, Any]]] = []
             clock = time.monotonic()
             for step in range(start + 1, config.total_steps + 1):
-                batch = next(batches)
-                images = {name: batch[name] for name in ("fixed", "moving")}
-                now, measured = step_once(now, parallel.to_devices(images, sharded))
-                seen.append({name: float(value) for name, value in jax.device_get(measured).items()})
-                # The gradient's norm too: what a gradient has spoilt the loss shows only a step later, when it may have
-                # been saved.
-                for name in ("loss", "gradient_norm"):
-                    if not math.isfinite(seen[-1][name]):
-                        names = ", ".join(pairs[index].name for index in batch["index"])
-                        raise BadInput(
-                            f"The {name.replace('_', ' ')} is {seen[-1][name]} at step {step}, on {names}; mend these "
-                            "images and start again, which goes on from the last checkpoint, or train anew in another "
-                            f"--workdir with a lower optimiser.learning_rate than {config.optimiser.learning_rate}."
-                        )
+                indices, images = ahead.pop() if ahead else next(fed)
+                now, measured = step_once(now, images)
+                running.append((step, indices, measured))
                 last = step == config.total_steps
-                if step % config.log_every == 0 or last:
-                    means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
-                    log.write(step, **means)
-                    log.timing(step, seconds=time.monotonic() - clock)
-                    progress.update(step, loss=means["loss"])
-                    seen = []
+                if not last:
+                    ahead.append(next(fed))
+                # What is validated or saved is first known to be sound.
+                settled = last or not (step % config.validate_every and step % config.checkpoint_every)
+                while len(running) > (not settled):
+                    of, indices, measured = running.pop(0)
+                    seen.append({name: float(value) for name, value in jax.device_get(measured).items()})
+                    _check_numbers(seen[-1], of, [pairs[index].name for index in indices], config)
+                    if of % config.log_every == 0 or of == config.total_steps:
+                        means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
+                        log.write(of, **means)
+                        log.timing(of, seconds=time.monotonic() - clock)
+                        progress.update(of, loss=means["loss"])
+                        seen = []
                 scores = {}
                 if step % config.validate_every == 0 or last:
                     scores = _validate(predictor, now.params, held_out, dataset.labels) | {
@@ -204,6 +208,17 @@ def _check(config: ConfigDict, batch_size: int, devices: int) -> None:
         if config[name] % config.log_every:
             raise BadInput(
                 f"{name} is {config[name]} and log_every {config.log_every}; make it a multiple of log_every."
+            )
+
+
+def _check_numbers(measured: dict[str, float], step: int, names: Sequence[str], config: ConfigDict) -> None:
+    # The gradient's norm too: what a gradient has spoilt the loss shows only a step later, when it may have been saved.
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(measured[name]):
+            raise BadInput(
+                f"The {name.replace('_', ' ')} is {measured[name]} at step {step}, on {', '.join(names)}; mend these "
+                "images and start again, which goes on from the last checkpoint, or train anew in another --workdir "
+                f"with a lower optimiser.learning_rate than {config.optimiser.learning_rate}."
             )
 
 
