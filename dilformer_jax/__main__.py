@@ -21,7 +21,6 @@ def main() -> None:
         print(f"dilformer has no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"dilformer {name}", *sys.argv[2:]]
-    # Imported late: only some commands need JAX, which takes seconds to import.
     importlib.import_module(f"dilformer_jax.{name}").main()
 
 

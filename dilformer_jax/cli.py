@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags  # type: ignore[import-untyped]
 
+from dilformer_jax.io import executables
 from dilformer_jax.io.volumes import BadInput
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple", ConfigDict: "a dictionary"}
@@ -34,17 +35,22 @@ def run(main: Callable[[ConfigDict, Path], None], argv: Sequence[str] | None = N
     """Runs main(config, workdir) on `--config FILE.py[:ARGUMENT] --workdir DIR --config.key=value ...`.
 
     `argv` (sys.argv unless given) begins with the program's name. The config is locked. main's docstring is the help.
+    What main compiles is kept for the next time; see `io.executables`.
     """
     with one_sentence():
-        main(*_experiment(list(sys.argv if argv is None else argv), main.__doc__ or ""))
+        config, workdir = _experiment(list(sys.argv if argv is None else argv), main.__doc__ or "")
+        executables.keep()
+        main(config, workdir)
 
 
 def run_arguments(
     main: Callable[[argparse.Namespace], None], parser: Arguments, argv: Sequence[str] | None = None
 ) -> None:
-    """Runs main(arguments) on what `parser` makes of `argv`, which is as in `run`."""
+    """Runs main(arguments) on what `parser` makes of `argv`; the rest is as in `run`."""
     with one_sentence():
-        main(parser.parse_args(list(sys.argv if argv is None else argv)[1:]))
+        arguments = parser.parse_args(list(sys.argv if argv is None else argv)[1:])
+        executables.keep()
+        main(arguments)
 
 
 @contextmanager

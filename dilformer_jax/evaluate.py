@@ -7,9 +7,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from dilformer_jax import cli
@@ -18,11 +17,10 @@ from dilformer_jax.data.sources import Pair
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.geometry import orientation, spacing
 from dilformer_jax.io.volumes import BadInput, normalise
-from dilformer_jax.models import bundle
-from dilformer_jax.registration import evaluation
-from dilformer_jax.registration.evaluation import DEFINITION, Method, method_of
-from dilformer_jax.registration.pipeline import keywords, load_predictor, read_config, warp_image, warp_labels
-from dilformer_jax.reporting import figures, html, provenance, tables
+from dilformer_jax.reporting import html, provenance, tables
+
+if TYPE_CHECKING:
+    from dilformer_jax.registration.evaluation import Method
 
 # What depends on the number of pairs and on their labels.
 PICTURES = ("first.png", "best.png", "median.png", "worst.png", "dice_per_label.png")
@@ -35,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """All of it, on the command line's options."""
+    # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
+    import jax
+
+    from dilformer_jax.registration import evaluation
+
     protocol, pairs, labels = _protocol(options)
     method = _method(options)
     evaluation.check(pairs, method)
@@ -52,7 +55,7 @@ def run(options: argparse.Namespace, command: str) -> None:
                 f"{row['seconds']:.3g} s; {time.perf_counter() - start:.0f} s so far"
             )
 
-        settings = {"method": method.name, "labels": _ranges(labels), **DEFINITION}
+        settings = {"method": method.name, "labels": _ranges(labels), **evaluation.DEFINITION}
         summary = tables.write_results(folder, title, settings, rows, labels)
         run = {
             "command": command,
@@ -125,8 +128,11 @@ def _ranges(labels: Sequence[int]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _method(options: argparse.Namespace) -> Method:
+def _method(options: argparse.Namespace) -> "Method":
     """What the command line names to be scored; given a workdir and a method, that method on the run's pairs."""
+    from dilformer_jax.registration.evaluation import method_of
+    from dilformer_jax.registration.pipeline import load_predictor
+
     if options.method == "identity":
         return method_of(None)
     if options.weights is None and options.workdir is None:
@@ -136,6 +142,8 @@ def _method(options: argparse.Namespace) -> Method:
 
 def _protocol(options: argparse.Namespace) -> tuple[str, tuple[Pair, ...], tuple[int, ...]]:
     """Name, pairs and labels: those that the command line names, or the validation split of the workdir's own data."""
+    from dilformer_jax.registration.pipeline import read_config
+
     if options.weights and (options.method or options.workdir):
         raise BadInput("--weights says what to evaluate; leave out --workdir and --method.")
     if (options.data is None) != (options.protocol is None):
@@ -162,6 +170,9 @@ def _protocol(options: argparse.Namespace) -> tuple[str, tuple[Pair, ...], tuple
 
 def _dataset_options(kind: str, config: Mapping[str, Any] | None, weights: Path | None) -> dict[str, Any]:
     """With what options the network's own training read this data set, so that its splits are the same ones."""
+    from dilformer_jax.models import bundle
+    from dilformer_jax.registration.pipeline import keywords
+
     if config is not None and config["data"]["name"] == kind:
         return config["data"]["options"]
     if weights is not None:
@@ -172,9 +183,13 @@ def _dataset_options(kind: str, config: Mapping[str, Any] | None, weights: Path 
 
 
 def _pictures(
-    folder: Path, pairs: Sequence[Pair], labels: Sequence[int], method: Method, rows: Sequence[Mapping[str, Any]]
+    folder: Path, pairs: Sequence[Pair], labels: Sequence[int], method: "Method", rows: Sequence[Mapping[str, Any]]
 ) -> list[html.Section]:
     """The worst, the median and the best pair, and Dice by structure, as files and as sections of the report."""
+    from dilformer_jax.registration import evaluation
+    from dilformer_jax.registration.pipeline import warp_image, warp_labels
+    from dilformer_jax.reporting import figures
+
     scored = sorted(
         (k for k, row in enumerate(rows) if np.isfinite(row.get("dice", np.nan))), key=lambda k: rows[k]["dice"]
     )

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dilformer_jax import cli, models
-from dilformer_jax.data import pipeline, sources
-from dilformer_jax.data.preprocessing import resolved
+from dilformer_jax import cli
+from dilformer_jax.data import sources
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.models import bundle
-from dilformer_jax.registration.pipeline import read_config
 from dilformer_jax.reporting import provenance
-from dilformer_jax.training import checkpoint, logs
+from dilformer_jax.training import logs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,13 +20,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """All of it, on the command line's options."""
+    # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
+    from dilformer_jax.data.pipeline import common_grid
+    from dilformer_jax.data.preprocessing import resolved
+    from dilformer_jax.models import bundle
+    from dilformer_jax.registration.pipeline import read_config
+    from dilformer_jax.training import checkpoint
+
     config = read_config(options.workdir)
     dataset = _dataset(config, options.data)
     params, step = checkpoint.restore_params(options.workdir, options.checkpoint)
     description: dict[str, Any] = {
         "network": {"name": config["model"]["name"], "options": _options(config["model"])},
         "preprocessing": resolved(config["data"]["preprocessing"]),
-        "grid": pipeline.common_grid(dataset.train, config["data"]["preprocessing"]),
+        "grid": common_grid(dataset.train, config["data"]["preprocessing"]),
         "labels": list(dataset.labels),
         "training": {
             "dataset": config["data"]["name"],
@@ -65,6 +69,8 @@ def _parser() -> cli.Arguments:
 
 def _options(model: Mapping[str, Any]) -> dict[str, Any]:
     """Every option of the network, those left at their defaults included: a later version may have others."""
+    from dilformer_jax import models
+
     module = models.create(model["name"], **model["options"])
     names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
     return {name: getattr(module, name) for name in names}

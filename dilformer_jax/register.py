@@ -6,24 +6,17 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 from dilformer_jax import cli
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.geometry import orientation, spacing
 from dilformer_jax.io.transforms import write_displacement
 from dilformer_jax.io.volumes import BadInput, Volume, normalise, read_image, read_labels, write_image, write_labels
-from dilformer_jax.registration.pipeline import (
-    Predictor,
-    Registration,
-    check_pair,
-    load_predictor,
-    register,
-    warp_image,
-)
-from dilformer_jax.reporting import figures, html, provenance, tables
+from dilformer_jax.reporting import html, provenance, tables
+
+if TYPE_CHECKING:
+    from dilformer_jax.registration.pipeline import Predictor, Registration
 
 CONVENTION = """\
 field.nii.gz takes a point p of the fixed image, in mm, to p + field(p) of the moving image: ANTs and ITK resample the
@@ -39,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """All of it, on the command line's options."""
+    # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
+    import jax
+
+    from dilformer_jax.registration.pipeline import check_pair, load_predictor, register
+
     # Everything that can be wrong with the input is found here, before any work and any output.
     if options.report and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--report draws with matplotlib, which is not installed: pip install 'dilformer-jax[plot]'.")
@@ -101,7 +99,7 @@ def _parser() -> cli.Arguments:
     return parser
 
 
-def _unlike_training(predictor: Predictor, fixed: Volume) -> list[str]:
+def _unlike_training(predictor: "Predictor", fixed: Volume) -> list[str]:
     """What this pair's grid has that the training images had not: the network may do badly there."""
     if predictor.grid is None:
         return []
@@ -120,7 +118,7 @@ def _unlike_training(predictor: Predictor, fixed: Volume) -> list[str]:
     ]
 
 
-def _summary(result: Registration) -> list[dict[str, Any]]:
+def _summary(result: "Registration") -> list[dict[str, Any]]:
     found = result.metrics
     rows: list[dict[str, Any]] = []
     if "dice" in found:
@@ -143,7 +141,10 @@ def _summary(result: Registration) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_report(path: Path, fixed: Volume, moving: Volume, result: Registration, labels: Volume | None) -> None:
+def _write_report(path: Path, fixed: Volume, moving: Volume, result: "Registration", labels: Volume | None) -> None:
+    from dilformer_jax.registration.pipeline import warp_image
+    from dilformer_jax.reporting import figures
+
     # Differences show the anatomy only where both images have one range.
     still, other = (normalise(volume.array, "minmax") for volume in (fixed, moving))
     figure = figures.registration(

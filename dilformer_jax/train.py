@@ -9,21 +9,19 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
-from dilformer_jax import cli, models
-from dilformer_jax.data import pipeline, sources
+from dilformer_jax import cli
+from dilformer_jax.data import sources
 from dilformer_jax.io.volumes import BadInput, replacing
-from dilformer_jax.ops import metrics
-from dilformer_jax.registration import evaluation
-from dilformer_jax.registration.pipeline import Predictor, keywords
-from dilformer_jax.reporting import figures, provenance, tables
-from dilformer_jax.training import checkpoint, logs, parallel, state
+from dilformer_jax.reporting import provenance, tables
+from dilformer_jax.training import logs
+
+if TYPE_CHECKING:
+    from dilformer_jax.registration.pipeline import Predictor
 
 RECORD = "run.json"
 # What may change between two starts of one run: where the data lie and how they are read, not what is computed.
@@ -32,6 +30,17 @@ CHANGEABLE = ("data.directory", "data.cache", "data.workers", "space")
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Trains what the configuration says, in WORKDIR; started again, it goes on from the last checkpoint."""
+    # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
+    import jax
+    import jax.numpy as jnp
+
+    from dilformer_jax import models
+    from dilformer_jax.data import pipeline
+    from dilformer_jax.registration import evaluation
+    from dilformer_jax.registration.pipeline import Predictor, keywords
+    from dilformer_jax.reporting import figures
+    from dilformer_jax.training import checkpoint, feeding, parallel, state
+
     # --- Devices and configuration ---
     parallel.initialise()
     first = jax.process_index() == 0
@@ -56,7 +65,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             f"{', '.join(sorted(known)) or 'none'}; mend it in the configuration."
         )
     dataset = source(Path(config.data.directory), **options)
-    preprocessing, cache = config.data.preprocessing.to_dict(), config.data.cache
+    preprocessing, resident = config.data.preprocessing.to_dict(), config.data.cache == "device"
+    cache = None if resident else config.data.cache or None
     pairs = sources.split(dataset, "train")
     held_out = _spread(sources.split(dataset, "validation"), config.validation_pairs)
     evaluation.check([*pairs, *held_out], evaluation.method_of(None))
@@ -94,11 +104,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
     except (TypeError, ValueError) as error:
         raise BadInput(f"config.model or config.loss: {error}") from error
     predictor = Predictor(module, now.params, preprocessing, config.model.name, "")
+    volumes = feeding.upload(pairs, preprocessing, shape, replicated) if resident else None
+    feed = feeding.feeder(mesh, split, volumes)
 
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
         # --- Resume: the restored state, and the log as it was at that step ---
         done = checkpoints.latest_step()
-        began = _record(pairs, grid)
+        began = _record(pairs, grid, parallel.describe())
         if done is not None:
             _check_record(workdir, began, config.data.directory)
         _write_config(config, workdir, resuming=done is not None, writing=first)
@@ -116,8 +128,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             pipeline.batches(
                 pairs, preprocessing, batch_size=batch_size, seed=config.seed, start_step=start,
                 workers=config.data.workers,
-                flips=config.data.flips, affine=config.data.affine, cache=cache, process_index=share,
-                process_count=shares,
+                flips=config.data.flips, affine=config.data.affine, images=not resident, cache=cache,
+                process_index=share, process_count=shares,
             ) as batches,
         ):  # fmt: skip
             parameters = sum(x.size for x in jax.tree.leaves(now.params))
@@ -136,31 +148,32 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 progress.print(_sentence(0, scores))
 
             # --- The loop: step, check, log, validate, checkpoint; in this order, so that a resumed log is the same
-            # log ---
+            # log. The devices never wait: the next batch is on its way while they compute, and a step's figures are
+            # fetched when the step after it has been handed to them ---
             seen: list[dict[str, float]] = []
+            fed = ((batch["index"], feed(batch)) for batch in batches)
+            ahead: list[tuple[np.ndarray, dict[str, Any]]] = []
+            running: list[tuple[int, np.ndarray, dict[str, Any]]] = []
             clock = time.monotonic()
             for step in range(start + 1, config.total_steps + 1):
-                batch = next(batches)
-                images = {name: batch[name] for name in ("fixed", "moving")}
-                now, measured = step_once(now, parallel.to_devices(images, mesh, split))
-                seen.append({name: float(value) for name, value in jax.device_get(measured).items()})
-                # The gradient's norm too: what a gradient has spoilt the loss shows only a step later, when it may have
-                # been saved.
-                for name in ("loss", "gradient_norm"):
-                    if not math.isfinite(seen[-1][name]):
-                        names = ", ".join(pairs[index].name for index in batch["index"])
-                        raise BadInput(
-                            f"The {name.replace('_', ' ')} is {seen[-1][name]} at step {step}, on {names}; mend these "
-                            "images and start again, which goes on from the last checkpoint, or train anew in another "
-                            f"--workdir with a lower optimiser.learning_rate than {config.optimiser.learning_rate}."
-                        )
+                indices, images = ahead.pop() if ahead else next(fed)
+                now, measured = step_once(now, images)
+                running.append((step, indices, measured))
                 last = step == config.total_steps
-                if step % config.log_every == 0 or last:
-                    means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
-                    log.write(step, **means)
-                    log.timing(step, seconds=time.monotonic() - clock)
-                    progress.update(step, loss=means["loss"])
-                    seen = []
+                if not last:
+                    ahead.append(next(fed))
+                # What is validated or saved is first known to be sound.
+                settled = last or not (step % config.validate_every and step % config.checkpoint_every)
+                while len(running) > (not settled):
+                    of, indices, measured = running.pop(0)
+                    seen.append({name: float(value) for name, value in jax.device_get(measured).items()})
+                    _check_numbers(seen[-1], of, [pairs[index].name for index in indices], config)
+                    if of % config.log_every == 0 or of == config.total_steps:
+                        means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
+                        log.write(of, **means)
+                        log.timing(of, seconds=time.monotonic() - clock)
+                        progress.update(of, loss=means["loss"])
+                        seen = []
                 scores = {}
                 if step % config.validate_every == 0 or last:
                     scores = _validate(predictor, now.params, held_out, dataset.labels) | {
@@ -202,6 +215,17 @@ def _check(config: ConfigDict, batch_size: int, shares: int) -> None:
             )
 
 
+def _check_numbers(measured: dict[str, float], step: int, names: Sequence[str], config: ConfigDict) -> None:
+    # The gradient's norm too: what a gradient has spoilt the loss shows only a step later, when it may have been saved.
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(measured[name]):
+            raise BadInput(
+                f"The {name.replace('_', ' ')} is {measured[name]} at step {step}, on {', '.join(names)}; mend these "
+                "images and start again, which goes on from the last checkpoint, or train anew in another --workdir "
+                f"with a lower optimiser.learning_rate than {config.optimiser.learning_rate}."
+            )
+
+
 def _spread(pairs: tuple[sources.Pair, ...], count: int) -> list[sources.Pair]:
     """`count` of the pairs (all of them for 0), evenly spread so that every subject has its turn."""
     count = min(count or len(pairs), len(pairs))
@@ -209,10 +233,15 @@ def _spread(pairs: tuple[sources.Pair, ...], count: int) -> list[sources.Pair]:
 
 
 def _validate(
-    predictor: Predictor, params: Any, pairs: list[sources.Pair], labels: tuple[int, ...]
+    predictor: "Predictor", params: Any, pairs: list[sources.Pair], labels: tuple[int, ...]
 ) -> dict[str, float]:
     """Means over the pairs, at the resolution of the files: Dice before and now, folding, and how far the displacement
     reaches."""
+    import jax
+
+    from dilformer_jax.ops import metrics
+    from dilformer_jax.registration import evaluation
+
     method = evaluation.method_of(dataclasses.replace(predictor, params=jax.device_get(params)))
     rows = []
     for pair in pairs:
@@ -261,13 +290,13 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
             partial.write_text(json.dumps(new, indent=2) + "\n")
 
 
-def _record(pairs: Sequence[sources.Pair], grid: dict[str, Any]) -> dict[str, Any]:
+def _record(pairs: Sequence[sources.Pair], grid: dict[str, Any], devices: str) -> dict[str, Any]:
     """By which program the run was last started, on which pairs, and their grid, which `register` compares."""
     names = "\n".join(pair.name for pair in pairs)
     return {
         "command": provenance.command("train", None),
         "versions": provenance.versions(),
-        "devices": parallel.describe(),
+        "devices": devices,
         "pairs": {"number": len(pairs), "sha256": hashlib.sha256(names.encode()).hexdigest()},
         "grid": grid,
     }

@@ -58,7 +58,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     import optax  # type: ignore[import-untyped]
 
     from dilformer_jax import cli, models
-    from dilformer_jax.training import parallel, state
+    from dilformer_jax.training import feeding, parallel, state
 
     config = cli.load_config(str(arguments.config))
     module = models.create(config.model.name, **config.model.options.to_dict())
@@ -96,7 +96,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         if arguments.run:
             images = generator.spawn(1)[0].random((2, pairs, *shape, 1), np.float32) if not results else images
-            batch = parallel.to_devices(dict(zip(("fixed", "moving"), images, strict=True)), mesh, split)
+            batch = feeding.feeder(mesh, split)(dict(zip(("fixed", "moving"), images, strict=True)))
             results[name] = jax.device_get(program(jax.device_put(now, parallel.replicated(mesh)), batch))
     row["memory_ratio"] = round(row["mesh"]["temporary_bytes"] / row["one"]["temporary_bytes"], 4)
     if arguments.run:

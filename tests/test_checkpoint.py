@@ -293,7 +293,7 @@ def test_batches_are_split_over_the_devices():
     mesh = parallel.mesh()
     replicated, batch = (
         parallel.replicated(mesh),
-        parallel.to_devices({"fixed": np.arange(8.0).reshape(8, 1)}, mesh, None),
+        parallel.to_devices({"fixed": np.arange(8.0).reshape(8, 1)}, mesh),
     )
     assert batch["fixed"].shape == (8, 1)
     pieces = {shard.device.id: np.asarray(shard.data).ravel().tolist() for shard in batch["fixed"].addressable_shards}
@@ -327,19 +327,20 @@ def test_contradicting_processes_are_one_sentence(monkeypatch, environment, said
 def test_two_processes_join_and_share_a_checkpoint(tmp_path):
     code = (
         "import sys, numpy as np, jax, jax.numpy as jnp\n"
-        "from dilformer_jax.training import parallel\n"
+        "from dilformer_jax.training import feeding, parallel\n"
         "from dilformer_jax.training.checkpoint import Checkpoints\n"
         "parallel.initialise()\n"
         "mesh = parallel.mesh()\n"
         "share = {'a': np.arange(4.0).reshape(4, 1) + 4 * jax.process_index()}\n"
-        "batch = parallel.to_devices(share, mesh, None)\n"
+        "batch = parallel.to_devices(share, mesh)\n"
         "total = jax.jit(jnp.sum, out_shardings=parallel.replicated(mesh))(batch['a'])\n"
         # A volume on all four devices: both processes read it, and each holds its planes of it, padded at the end.
         "mesh = parallel.mesh(4)\n"
         "assert parallel.share(mesh) == (0, 1) and parallel.share(parallel.mesh(2)) == (jax.process_index(), 2)\n"
-        "volume = {'a': np.arange(1.0, 11.0).reshape(1, 10, 1)}\n"
-        "volume = parallel.to_devices(volume, mesh, parallel.slabs(mesh, 10, 1))['a']\n"
-        "held = [np.asarray(part.data).ravel().tolist() for part in volume.addressable_shards]\n"
+        "volume = np.arange(1.0, 11.0, dtype=np.float32).reshape(1, 10, 1, 1, 1)\n"
+        "feed = feeding.feeder(mesh, parallel.slabs(mesh, 10, 1))\n"
+        "fed = feed({'fixed': volume, 'moving': -volume})['fixed']\n"
+        "held = [np.asarray(part.data).ravel().tolist() for part in fed.addressable_shards]\n"
         "assert held == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 0, 0]]][jax.process_index()], held\n"
         "with Checkpoints(sys.argv[1] + '/checkpoints') as c:\n"
         "    c.save(1, {'params': {'total': total}}, dice=0.5)\n"

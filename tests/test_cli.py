@@ -189,11 +189,29 @@ def test_dispatch_hands_over_the_arguments(monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-def test_dispatch_needs_no_jax_for_its_help():
-    code = (
-        "import sys, dilformer_jax.__main__ as command\n"
-        "sys.argv = ['dilformer']\n"
-        "command.main()\n"
-        "assert 'jax' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+@pytest.mark.parametrize("dispatched", [False, True])
+def test_help_and_mistyped_options_import_little(dispatched):
+    """What imports JAX, SciPy's parts or Matplotlib takes seconds."""
+    code = f"""
+import contextlib, importlib, io, sys
+from dilformer_jax import __main__
+for name in __main__.COMMANDS:
+    for option, code in ("--help", 0), ("--hlep", 2):
+        if {dispatched}:
+            sys.argv, main = ["dilformer", name, option], __main__.main
+        else:
+            sys.argv, main = [name, option], importlib.import_module("dilformer_jax." + name).main
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            try:
+                main()
+            except SystemExit as stop:
+                assert stop.code == code, (name, option)
+        assert ("--workdir" in told.getvalue()) == (code == 0)
+sys.argv = ["dilformer"]
+__main__.main()
+heavy = {{"jax", "flax", "optax", "orbax", "grain", "matplotlib", "scipy.ndimage"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: dilformer COMMAND" in done.stdout

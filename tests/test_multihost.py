@@ -19,7 +19,7 @@ def of_gloo(line: str) -> bool:
 
 def test_two_processes_train_as_one(devices: dict[int, Path], phantoms: Path, tmp_path: Path) -> None:
     """Two devices each, against one process of four, two of which share each volume: the same batches, in another
-    order."""
+    order, and from volumes that are on the devices."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -27,7 +27,7 @@ def test_two_processes_train_as_one(devices: dict[int, Path], phantoms: Path, tm
     joined = {"DILFORMER_COORDINATOR": f"127.0.0.1:{port}", "DILFORMER_PROCESSES": "2"}
     processes = [
         runs.start(
-            runs.training(workdir, phantoms, *runs.FIVE),
+            runs.training(workdir, phantoms, *runs.FIVE, "--config.data.cache=device"),
             env=runs.environment(2, **joined, DILFORMER_PROCESS_ID=str(number)),
         )
         for number in range(2)

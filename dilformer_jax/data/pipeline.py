@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags as absl_flags
-from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax.data.preprocessing import by, downsampled_shape, load, load_image, load_labels, resolved
 from dilformer_jax.data.sources import Pair, Subject
@@ -25,8 +24,8 @@ from dilformer_jax.io.volumes import BadInput, open_nifti, read_image
 
 __all__ = [
     "Batches",
-    "PairSource",
     "batches",
+    "check_extent",
     "common_grid",
     "common_shape",
     "load",
@@ -131,16 +130,20 @@ def batches(
     workers: int = 0,
     flips: Sequence[int] = (),
     affine: Sequence[float] = (0.0, 0.0),
+    images: bool = True,
     cache: Path | str | None = None,
 ) -> Batches:
-    """Batches of {'fixed', 'moving': (B, D, H, W, 1) float32, 'index': (B,) int32, into `pairs`} from start_step on.
+    """Batches of {'index': (B,) int32, into `pairs`, 'fixed', 'moving': (B, D, H, W, 1) float32} from start_step on.
 
-    The stream goes through all pairs in an order that the seed and the epoch give, without an end; each of the axes in
-    `flips` (0, 1, 2) is reversed in both images of a pair or in neither, with probability 1/2. Then each image is seen
-    through a random affine map about its centre: `affine` holds the standard deviations of the entries of its matrix's
-    difference from the identity, first of a map common to both images, then of one that each has of its own. Each
-    map also shifts, along each axis, by a random part of the volume's edge, whose standard deviation is a quarter of
-    that. What comes from outside is 0.
+    The stream goes through all pairs in an order that the seed and the epoch give, without an end. The images are as
+    their files have them; how they are to be varied is told by numbers, by which `training.feeding` varies them on the
+    device. Given `flips`, 'flips' (B, 3) bool names the axes to reverse in both images of a pair: each of the axes in
+    `flips` (0, 1, 2) with probability 1/2. Given an `affine` that is not 0, each image is then to be read at
+    x + A (x - centre) + t, 0 outside, with 'affine' (B, 2, 3, 4) float32 the A and t of the fixed and of the moving
+    image: `affine` holds the standard deviations of the entries of a map's matrix, less the identity, first of a map
+    common to both images, then of one that each has of its own and that comes first. Each map also shifts, along each
+    axis, by a random part of the volume's edge, whose standard deviation is a quarter of that.
+    With `images` False the stream is the same without 'fixed' and 'moving': for volumes that are on the device.
     `batch_size` is that of all processes together and B = batch_size / process_count. At any step, process p of n has
     the examples p, p + n, p + 2n ... of what a single process would have: the concatenation of the n parts is the same
     examples, ordered by p; `np.stack(parts, 1)`, its first two axes merged, is the single process's batch as it was.
@@ -163,16 +166,18 @@ def batches(
         raise BadInput(f"workers is {workers}; give a number of processes, or 0 for threads.")
     settings = resolved(preprocessing)
     shape = common_shape(pairs, settings, cache=cache)
-    source = PairSource(tuple(pairs), settings, shape, None if cache is None else Path(cache))
 
     import grain  # type: ignore[import-untyped]
 
-    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.source(Indices(len(pairs))).seed(seed).shuffle().repeat()
     # Before the slice: an example's random numbers come from its place in the stream of all processes.
-    stream = stream.random_map(partial(_flipped, axes=tuple(flips)))
+    stream = stream.random_map(partial(_with_flips, axes=tuple(flips)))
     if any(affine):
-        stream = stream.random_map(partial(_seen_affinely, common=affine[0], own=affine[1]))
+        stream = stream.random_map(partial(_with_affine, common=affine[0], own=affine[1], edges=shape))
     stream = stream[process_index::process_count]
+    if images:
+        folder = None if cache is None else Path(cache)
+        stream = stream.map(partial(_with_images, pairs=tuple(pairs), settings=settings, shape=shape, cache=folder))
     # Before the iterator is made, lest the batches depend on the number of workers.
     stream = stream.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stacked)
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
@@ -186,43 +191,49 @@ def batches(
     return Batches(iter(dataset))
 
 
-@dataclass(frozen=True)
-class PairSource:
-    """The examples of `batches` before augmentation, by index into the pairs. It travels to worker processes."""
+def check_extent(image: np.ndarray, shape: tuple[int, int, int], subject: Subject) -> None:
+    """Raises BadInput, which names the subject, unless its image (d, h, w, 1) has this shape: of a pickle only the
+    voxels say."""
+    if _extent(image) != shape:
+        raise BadInput(
+            f"{subject.image} is {by(_extent(image))} after preprocessing while the other images are {by(shape)}; "
+            "bring all to one grid or leave it out."
+        )
 
-    pairs: tuple[Pair, ...]
-    preprocessing: dict[str, Any]
-    shape: tuple[int, int, int]
-    cache: Path | None
+
+@dataclass(frozen=True)
+class Indices:
+    """The examples of `batches` before anything else: their indices into the pairs."""
+
+    count: int
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return self.count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        pair = self.pairs[index]
-        example = {"index": np.array(index, np.int32)}
-        for role, subject in (("fixed", pair.fixed), ("moving", pair.moving)):
-            example[role] = load_image(subject, self.preprocessing, cache=self.cache)
-            if _extent(example[role]) != self.shape:
-                raise BadInput(
-                    f"{subject.image} is {by(_extent(example[role]))} after preprocessing while the other images are "
-                    f"{by(self.shape)}; bring all to one grid or leave it out."
-                )
+        return {"index": np.array(index, np.int32)}
+
+
+def _with_flips(example: dict[str, np.ndarray], generator: np.random.Generator, axes: tuple[int, ...]) -> dict:
+    if not axes:
         return example
+    flips = np.zeros(3, bool)
+    for axis in axes:
+        flips[axis] = generator.random() < 0.5
+    return example | {"flips": flips}
 
 
-def _flipped(example: dict[str, np.ndarray], generator: np.random.Generator, axes: tuple[int, ...]) -> dict:
-    chosen = tuple(axis for axis in axes if generator.random() < 0.5)
-    return {name: np.flip(array, chosen) if array.ndim else array for name, array in example.items()}
-
-
-def _seen_affinely(
-    example: dict[str, np.ndarray], generator: np.random.Generator, common: float, own: float
+def _with_affine(
+    example: dict[str, np.ndarray],
+    generator: np.random.Generator,
+    common: float,
+    own: float,
+    edges: tuple[int, int, int],
 ) -> dict[str, np.ndarray]:
-    edges = _extent(example["fixed"])
-    maps = {role: _random_affine(generator, own, edges) for role in ("fixed", "moving")}
+    maps = [_random_affine(generator, own, edges) for _ in ("fixed", "moving")]
     shared = _random_affine(generator, common, edges)
-    return example | {role: _resampled(example[role], shared @ of_its_own) for role, of_its_own in maps.items()}
+    # Less the identity before it is rounded: what is left is small, and float32 has its digits.
+    return example | {"affine": np.stack([(shared @ its_own - np.eye(4))[:3] for its_own in maps]).astype(np.float32)}
 
 
 def _random_affine(generator: np.random.Generator, deviation: float, edges: tuple[int, int, int]) -> np.ndarray:
@@ -233,11 +244,19 @@ def _random_affine(generator: np.random.Generator, deviation: float, edges: tupl
     return affine
 
 
-def _resampled(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """The image (d, h, w, 1) read trilinearly at affine(x), both about the centre."""
-    centre, matrix = (np.array(_extent(image)) - 1) / 2, affine[:3, :3]
-    offset = centre - matrix @ centre + affine[:3, 3]
-    return ndimage.affine_transform(image[..., 0], matrix, offset, order=1)[..., None]
+def _with_images(
+    example: dict[str, np.ndarray],
+    pairs: tuple[Pair, ...],
+    settings: dict[str, Any],
+    shape: tuple[int, int, int],
+    cache: Path | None,
+) -> dict[str, np.ndarray]:
+    """It travels to worker processes, with all that it is given."""
+    pair, found = pairs[example["index"]], dict(example)
+    for role, subject in (("fixed", pair.fixed), ("moving", pair.moving)):
+        found[role] = load_image(subject, settings, cache=cache)
+        check_extent(found[role], shape, subject)
+    return found
 
 
 def _stacked(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -58,6 +58,11 @@ def load_image(
     return _kept("image", [subject.image], settings, cache, partial(_decoded_image, subject, settings))
 
 
+def decode_image(subject: Subject, preprocessing: Mapping[str, Any]) -> Float32[np.ndarray, "d h w 1"]:
+    """The image that `load` gives, decoded now and kept nowhere, for those who need it once."""
+    return _decoded_image(subject, resolved(preprocessing))
+
+
 def load_labels(
     subject: Subject, preprocessing: Mapping[str, Any], *, cache: Path | str | None = None
 ) -> Int32[np.ndarray, "x y z"] | None:

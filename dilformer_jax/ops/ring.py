@@ -51,7 +51,7 @@ def _distance(images, coordinates):
 
 def _within(sample, volume, coordinates, start, here, last):
     """The samples of the points that lie `here`, in a volume whose first plane is `start`; 0 for the others."""
-    origin = jnp.array([1.0, 0.0, 0.0]) * start
+    origin = jnp.array([1.0, 0.0, 0.0], coordinates.dtype) * start
     local = jnp.where(here[..., None], coordinates - origin, 0)
     return jnp.where(here[..., None], sample(volume, local, last - origin), 0)
 

@@ -65,6 +65,17 @@ def planes(depth: int, count: int, multiple: int) -> int:
     return -(-depth // (count * multiple)) * multiple
 
 
+def own(whole: Num[Array, "*b d h w c"]) -> Num[Array, "*b p h w c"]:
+    """This device's slab of a volume that every device has; beyond its end, zeros."""
+    slabs = current()
+    if slabs is None:
+        return whole
+    margin = [(0, 0)] * whole.ndim
+    margin[DEPTH] = (0, slabs.count * slabs.planes - slabs.depth)
+    start = lax.axis_index(slabs.axis) * slabs.planes
+    return lax.dynamic_slice_in_dim(jnp.pad(whole, margin), start, slabs.planes, axis=whole.ndim + DEPTH)
+
+
 def depth(x: Num[Array, "*b d h w c"]) -> int:
     """The planes of the whole volume, at the level of `x`."""
     slabs = current()

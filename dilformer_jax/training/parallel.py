@@ -90,26 +90,21 @@ def sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P("data", "space"))
 
 
-def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh, slabs: Slabs | None) -> dict[str, Array]:
-    """Global arrays (b * shares, planes, ...) from each process's share (b, d, ...) of a batch of volumes; where they
-    are split, zeros pad them to what the devices have together."""
+def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """Global arrays (b * shares, ...) from each process's share (b, ...) of a batch; devices that share volumes get
+    them whole."""
     index, shares = share(mesh)
-    where = sharded(mesh)
 
-    def placed(volumes: np.ndarray) -> Array:
-        b, d, *rest = volumes.shape
-        whole = (b * shares, slabs.count * slabs.planes if slabs else d, *rest)
-
-        def part(place: tuple[slice, ...] | None) -> np.ndarray:
+    def placed(array: np.ndarray) -> Array:
+        def rows(place: tuple[slice, ...] | None) -> np.ndarray:
             assert place is not None
-            rows, depth = place[0].indices(whole[0]), place[1].indices(whole[1])
-            own = volumes[rows[0] - index * b : rows[1] - index * b, depth[0] : depth[1]]
-            missing = depth[1] - depth[0] - own.shape[1]
-            return np.pad(own, ((0, 0), (0, missing), *((0, 0) for _ in rest))) if missing else own
+            start, end, _ = place[0].indices(len(array) * shares)
+            return array[start - index * len(array) : end - index * len(array)]
 
-        return jax.make_array_from_callback(whole, where, part)
+        whole = (len(array) * shares, *array.shape[1:])
+        return jax.make_array_from_callback(whole, NamedSharding(mesh, jax.P("data")), rows)
 
-    return {name: placed(volumes) for name, volumes in batch.items()}
+    return {name: placed(array) for name, array in batch.items()}
 
 
 def describe() -> str:

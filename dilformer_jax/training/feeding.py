@@ -1,0 +1,144 @@
+"""What a training step is fed: the images of a batch on the devices, varied there by the numbers that come with it.
+
+The batches of `data.pipeline` bring the images along, or only say which they are: small sets live on the devices as a
+whole (`upload`), and nothing but a few numbers is sent at each step.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from dilformer_jax.data.pipeline import check_extent
+from dilformer_jax.data.preprocessing import decode_image
+from dilformer_jax.data.sources import Pair
+from dilformer_jax.io.volumes import BadInput
+from dilformer_jax.ops import slabs, spatial
+from dilformer_jax.ops.slabs import Slabs
+from dilformer_jax.training import parallel
+
+SHARE = 0.5  # of a device's memory, at most, for volumes: the rest is the step's
+HOST_BYTES = 8 << 30  # for all devices together, where a device is part of the host and tells no limit
+READERS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A set of pairs whose volumes (subjects, D, H, W, 1) are on every device; `rows` (pairs, 2) says which of them are
+    the fixed and the moving image of each pair."""
+
+    volumes: Float[Array, "n d h w 1"]
+    rows: Int[np.ndarray, "pairs 2"]
+
+
+def upload(
+    pairs: Sequence[Pair], preprocessing: Mapping[str, Any], shape: tuple[int, int, int], replicated: NamedSharding
+) -> Resident:
+    """Decodes each subject of the pairs once and copies it to every device; `shape` is the images' common one.
+
+    Raises BadInput where they do not fit into a device's memory beside the step, and for files that cannot be read or
+    have another shape.
+    """
+    subjects = list(dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)))
+    place = {subject: row for row, subject in enumerate(subjects)}
+    check_room(len(subjects), shape, jax.local_devices()[0])
+    stack = np.empty((len(subjects), *shape, 1), np.float32)
+
+    def read(row: int) -> None:
+        image = decode_image(subjects[row], preprocessing)
+        check_extent(image, shape, subjects[row])
+        stack[row] = image
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, range(len(subjects))))
+    rows = np.array([(place[pair.fixed], place[pair.moving]) for pair in pairs], np.int32)
+    # Every process has read all of it: what each puts onto its own devices is the whole.
+    return Resident(jax.make_array_from_process_local_data(replicated, stack, stack.shape), rows)
+
+
+def check_room(count: int, shape: tuple[int, int, int], device: Any) -> None:
+    """Raises BadInput where so many float32 volumes would leave the training step too little of the device's memory."""
+    needed = count * 4 * int(np.prod(shape))
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        needed, room, where = needed * jax.local_device_count(), HOST_BYTES, "the host's memory"
+    else:
+        room, where = SHARE * limit, f"{device.device_kind}'s {limit / 1e9:.1f} GB"
+    if needed > room:
+        raise BadInput(
+            f"data.cache='device' needs {needed / 1e9:.1f} GB for {count} volumes and may take {room / 1e9:.1f} GB of "
+            f"{where}; set data.cache to a folder, from which the volumes are then read."
+        )
+
+
+def feeder(mesh: Mesh, split: Slabs | None = None, resident: Resident | None = None) -> Callable[..., dict[str, Array]]:
+    """The function from a process's share of a batch, as `pipeline.batches` gives it, to {'fixed', 'moving'} on the
+    devices, (b, D, H, W, 1) for the b examples of all processes, and padded with zeros along D where the volumes are
+    split. It returns before the devices have done it."""
+    made = assembly(mesh, split)
+
+    def feed(batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        how: Any = {name: batch[name] for name in ("flips", "affine") if name in batch}
+        if resident is not None:
+            how |= {"rows": resident.rows[batch["index"]]}
+            return made(resident.volumes, {}, parallel.to_devices(how, mesh))
+        images = parallel.to_devices({role: batch[role] for role in ("fixed", "moving")}, mesh)
+        return made(None, images, parallel.to_devices(how, mesh))
+
+    return feed
+
+
+def assembly(mesh: Mesh, split: Slabs | None) -> Any:
+    """The program behind `feeder`: (volumes, {}, numbers with 'rows') or (None, images, numbers) to the images.
+
+    Each device makes its own examples from its own copy of the volumes, without a word to the others, and keeps its
+    slab of them: an image is small beside its features.
+    """
+    rows = jax.P("data")
+
+    @functools.partial(jax.jit, out_shardings=parallel.sharded(mesh))
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(jax.P(), rows, rows), out_specs=jax.P("data", "space"), check_vma=False
+    )
+    def made(volumes: Array | None, images: dict[str, Array], how: dict[str, Array]) -> dict[str, Array]:
+        if volumes is not None:
+            # A gather would do the same; XLA's for the CPU takes each voxel by itself.
+            row = lambda index: lax.dynamic_index_in_dim(volumes, index, keepdims=False)
+            taken = lambda column: jnp.stack([row(index) for index in how["rows"][:, column]])
+            images = {"fixed": taken(0), "moving": taken(1)}
+        if "flips" in how:
+            images = {role: flipped(image, how["flips"]) for role, image in images.items()}
+        if "affine" in how:
+            maps = {"fixed": how["affine"][:, 0], "moving": how["affine"][:, 1]}
+            images = {role: resampled(image, maps[role]) for role, image in images.items()}
+        with slabs.split(split):
+            return {role: slabs.own(image) for role, image in images.items()}
+
+    return made
+
+
+def flipped(image: Float[Array, "b d h w 1"], flips: Bool[Array, "b 3"]) -> Float[Array, "b d h w 1"]:
+    """Each image with the axes reversed that its row names."""
+    for axis in range(3):
+        image = jnp.where(flips[:, axis, None, None, None, None], jnp.flip(image, axis + 1), image)
+    return image
+
+
+def resampled(image: Float32[Array, "b d h w 1"], affine: Float32[Array, "b 3 4"]) -> Float32[Array, "b d h w 1"]:
+    """Each image read trilinearly at x + A (x - centre) + t, with (A | t) its 3 x 4 numbers; 0 beyond the outermost
+    voxels' centres, as `scipy.ndimage.affine_transform(order=1)` has it."""
+    shape = image.shape[1:4]
+    last = jnp.array(shape, jnp.float32) - 1
+    x = spatial.grid(shape)
+    u = jnp.einsum("bij,dhwj->bdhwi", affine[..., :3], x - last / 2, precision=lax.Precision.HIGHEST)
+    u = u + affine[:, None, None, None, :, 3]
+    inside = ((x + u >= 0) & (x + u <= last)).all(-1, keepdims=True)
+    return jnp.where(inside, spatial.warp(image, u), 0)
