@@ -42,7 +42,8 @@ def lncc(
         raise ValueError(f"LNCC's border is 'cut' or 'zeros', got {border!r}.")
     # Centred first, in float32: window sums of squares of uncentred intensities lose the variance to rounding.
     f, m = (x.astype(jnp.float32) for x in (fixed, moved))
-    centre_f, centre_m = (slabs.mean(x, (-4, -3, -2), keepdims=True) for x in (f, m))
+    # Nothing depends on where the centres are: constants to the gradient.
+    centre_f, centre_m = (lax.stop_gradient(slabs.mean(x, (-4, -3, -2), keepdims=True)) for x in (f, m))
     f, m = f - centre_f, m - centre_m
     held = _window_voxels(fixed, window)
     count = held if border == "cut" else jnp.float32(window**3)
@@ -142,9 +143,9 @@ def bending(u: Displacement) -> Scalar:
     # Columns and components as one axis, of slices that lie side by side in memory: five times faster than by rolls.
     wide = wide.reshape(*wide.shape[:-2], -1)
 
-    def at(*offset: int) -> Array:
+    def at(offset: np.ndarray) -> Array:
         """The inner voxels' neighbours."""
-        d, h, w = (1 + by for by in offset)
+        d, h, w = 1 + offset
         return wide[..., d : d + planes, h : h + rows, 3 * w : 3 * (w + columns)]
 
     def mean_square(x: Array) -> Scalar:
@@ -155,11 +156,11 @@ def bending(u: Displacement) -> Scalar:
         return slabs.mean(jnp.where(between, jnp.square(x), 0)[..., None]) * depth / (depth - 2)
 
     energy = jnp.float32(0)
-    for a, b in itertools.combinations_with_replacement(np.eye(3, dtype=int), 2):
-        if a is b:
-            energy += mean_square(at(*a) - 2 * at(0, 0, 0) + at(*-a))
-        else:
-            energy += 2 * mean_square((at(*a + b) - at(*a - b) - at(*b - a) + at(*-a - b)) / 4)
+    here, step = np.zeros(3, int), np.eye(3, dtype=int)
+    for axis in range(3):
+        energy += mean_square(at(step[axis]) - 2 * at(here) + at(-step[axis]))
+    for a, b in itertools.combinations(step, 2):
+        energy += 2 * mean_square((at(a + b) - at(a - b) - at(b - a) + at(-a - b)) / 4)
     return energy
 
 
