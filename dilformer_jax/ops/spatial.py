@@ -17,8 +17,9 @@ from dilformer_jax.ops import ring, sampling, slabs
 
 def grid(shape: tuple[int, ...]) -> Float[Array, "d h w 3"]:
     """The voxel coordinates of a volume of this shape."""
-    axes = [jnp.arange(size, dtype=jnp.float32) for size in shape]
-    return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
+    # Chosen by component, not stacked: so the compiler makes it on the way instead of keeping it.
+    component = lax.broadcasted_iota(jnp.int32, (*shape, 3), 3)
+    return lax.select_n(component, *(lax.broadcasted_iota(jnp.float32, (*shape, 3), axis) for axis in range(3)))
 
 
 def warp(
