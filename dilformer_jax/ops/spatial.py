@@ -102,7 +102,7 @@ def integrate(velocity: Float[Array, "*b d h w 3"], steps: int = 7) -> Float[Arr
     MICCAI 2006).
 
     `velocity` is in voxels per unit time. The loop is rolled: unrolled, it compiles ten times more slowly. Its gradient
-    keeps the displacement of every step and computes the rest of a step anew: a fifth of the memory.
+    keeps the displacement of every step and computes the rest of a step anew: a third of the memory.
     """
     twice = jax.checkpoint(lambda u: compose(u, u), prevent_cse=False)
     return lax.fori_loop(0, steps, lambda _, u: twice(u), velocity / 2**steps)
