@@ -117,12 +117,12 @@ def test_lncc_survives_a_large_offset(border):
     near = image(12, 13, 14), image(12, 13, 14, seed=1)
     near = near[0], 0.5 * near[0] + 0.5 * near[1]
     # As float32 holds them, for the loop as well.
-    far = [np.asarray(x + 1000, np.float32).astype(np.float64) for x in near]
+    far = tuple(np.asarray(x + 1000, np.float32).astype(np.float64) for x in near)
     every = lambda f, m: [losses.lncc(f, m, window, border=border) for window in (5, 9)]
     slope = lambda f, m: jax.grad(lambda m: losses.lncc(f, m, 5, border=border))(m)
     values, gradient = compiled(lambda f, m: (every(f, m), slope(f, m)), *(x[..., None] for x in far))
     for window, value in zip((5, 9), values, strict=True):
-        expected = lncc_by_loop(*far, window, border)
+        expected = lncc_by_loop(far[0], far[1], window, border)
         assert value == pytest.approx(expected, abs=1e-4 * expected), window
     if border == "cut":
         unmoved = compiled(lambda f, m: (losses.lncc(f, m, 5), slope(f, m)), *(x[..., None] for x in near))
@@ -346,6 +346,22 @@ def test_regularisers_refuse_an_axis_too_short_to_differ_along(unchecked):
         losses.diffusion(jnp.ones((4, 1, 4, 3)))
     with pytest.raises(ValueError, match="three voxels an axis"):
         losses.bending(jnp.ones((4, 4, 2, 3)))
+
+
+def test_losses_of_bfloat16_are_computed_in_float32():
+    maps, u = image(2, *SHAPE, 1), np.random.default_rng(2).normal(size=(2, *SHAPE, 3))
+    every = lambda f, m, u: [
+        losses.lncc(f, m, 3),
+        losses.mse(f, m),
+        losses.soft_dice(f, m),
+        losses.diffusion(u),
+        losses.bending(u),
+    ]
+    coarse = [jnp.asarray(x, jnp.bfloat16) for x in (maps, image(2, *SHAPE, 1, seed=1), u)]
+    fine = [x.astype(jnp.float32) for x in coarse]
+    values, expected = jax.jit(lambda coarse, fine: (every(*coarse), every(*fine)))(coarse, fine)
+    assert all(value.dtype == jnp.float32 for value in values)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
 def test_losses_refuse_unknown_options(unchecked):

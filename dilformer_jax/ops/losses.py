@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -41,7 +42,8 @@ def lncc(
         raise ValueError(f"LNCC's border is 'cut' or 'zeros', got {border!r}.")
     # Centred first, in float32: window sums of squares of uncentred intensities lose the variance to rounding.
     f, m = (x.astype(jnp.float32) for x in (fixed, moved))
-    centre_f, centre_m = (slabs.mean(x, (-4, -3, -2), keepdims=True) for x in (f, m))
+    # Nothing depends on where the centres are: constants to the gradient.
+    centre_f, centre_m = (lax.stop_gradient(slabs.mean(x, (-4, -3, -2), keepdims=True)) for x in (f, m))
     f, m = f - centre_f, m - centre_m
     held = _window_voxels(fixed, window)
     count = held if border == "cut" else jnp.float32(window**3)
@@ -97,7 +99,7 @@ def mse(fixed: Image, moved: Float[Array, "*b d h w c"]) -> Scalar:
 def soft_dice(fixed: Float[Array, "*b d h w k"], moved: Float[Array, "*b d h w k"], *, epsilon: float = 1e-5) -> Scalar:
     """The mean over labels and batch of 2 Σ f·m / (Σ f² + Σ m² + epsilon), for one-hot or probabilistic maps
     (Milletari et al., 3DV 2016)."""
-    fixed, moved = slabs.masked(fixed), slabs.masked(moved)
+    fixed, moved = (slabs.masked(x.astype(jnp.float32)) for x in (fixed, moved))
     total = lambda x: slabs.total(x.sum((-4, -3, -2)))
     return (2 * total(fixed * moved) / (total(fixed**2) + total(moved**2) + epsilon)).mean()
 
@@ -112,10 +114,15 @@ def diffusion(u: Displacement) -> Scalar:
     depth = slabs.depth(u)
     if min(depth, *u.shape[-3:-1]) < 2:
         raise ValueError(f"Diffusion needs two voxels an axis, got {(depth, *u.shape[-3:-1])}.")
-    # The last plane's difference, to the border beyond it, is zero, and not counted.
-    ahead = jnp.diff(slabs.extended(u, 1, "border"), axis=-4)[..., 1:, :, :, :]
+    u = u.astype(jnp.float32)
+    if slabs.current() is None:
+        ahead = jnp.square(jnp.diff(u, axis=-4)).mean()
+    else:
+        # The last plane's difference, to the border beyond it, is zero, and not counted.
+        steps = jnp.diff(slabs.extended(u, 1, "border"), axis=-4)[..., 1:, :, :, :]
+        ahead = slabs.mean(jnp.square(steps)) * depth / (depth - 1)
     along = [slabs.mean(jnp.square(jnp.diff(u, axis=axis))) for axis in (-3, -2)]
-    return (slabs.mean(jnp.square(ahead)) * depth / (depth - 1) + sum(along, jnp.float32(0))) / 3
+    return (ahead + sum(along, jnp.float32(0))) / 3
 
 
 def bending(u: Displacement) -> Scalar:
@@ -130,21 +137,30 @@ def bending(u: Displacement) -> Scalar:
     depth = slabs.depth(u)
     if min(depth, *u.shape[-3:-1]) < 3:
         raise ValueError(f"Bending needs three voxels an axis, got {(depth, *u.shape[-3:-1])}.")
-    place = slabs.first_plane(u) + jnp.arange(u.shape[-4])
-    between = ((place > 0) & (place < depth - 1))[:, None, None, None]
-    u = slabs.extended(u, 1, "border")
-    inner_mean = lambda x: (
-        slabs.mean(jnp.where(between, jnp.square(x[..., 1:-1, 1:-1, 1:-1, :]), 0)) * depth / (depth - 2)
-    )
-    shift = lambda x, axis, by: jnp.roll(x, -by, axis=axis)  # what wraps around is cut off with the outer voxels
+    u = u.astype(jnp.float32)
+    wide = u if slabs.current() is None else slabs.extended(u, 1, "border")
+    planes, rows, columns = (n - 2 for n in wide.shape[-4:-1])
+    # Columns and components as one axis, of slices that lie side by side in memory: five times faster than by rolls.
+    wide = wide.reshape(*wide.shape[:-2], -1)
+
+    def at(offset: np.ndarray) -> Array:
+        """The inner voxels' neighbours."""
+        d, h, w = 1 + offset
+        return wide[..., d : d + planes, h : h + rows, 3 * w : 3 * (w + columns)]
+
+    def mean_square(x: Array) -> Scalar:
+        if slabs.current() is None:
+            return jnp.square(x).mean()
+        place = slabs.first_plane(u) + jnp.arange(planes)
+        between = ((place > 0) & (place < depth - 1))[:, None, None]
+        return slabs.mean(jnp.where(between, jnp.square(x), 0)[..., None]) * depth / (depth - 2)
+
     energy = jnp.float32(0)
-    for a, b in itertools.combinations_with_replacement((-4, -3, -2), 2):
-        if a == b:
-            energy += inner_mean(shift(u, a, 1) - 2 * u + shift(u, a, -1))
-        else:
-            along_a = (shift(u, a, 1) - shift(u, a, -1)) / 2
-            mixed = (shift(along_a, b, 1) - shift(along_a, b, -1)) / 2
-            energy += 2 * inner_mean(mixed)
+    here, step = np.zeros(3, int), np.eye(3, dtype=int)
+    for axis in range(3):
+        energy += mean_square(at(step[axis]) - 2 * at(here) + at(-step[axis]))
+    for a, b in itertools.combinations(step, 2):
+        energy += 2 * mean_square((at(a + b) - at(a - b) - at(b - a) + at(-a - b)) / 4)
     return energy
 
 
