@@ -47,7 +47,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "directory": "../shared/data/lpba40",
                 "options": {},
                 "preprocessing": {"normalise": "max", "downsample": 1, "crop_to": config_dict.placeholder(tuple)},
-                "cache": config_dict.placeholder(str),
+                "cache": "device",  # 24 volumes, 0.5 GB
                 "workers": 0,
                 "flips": (0,),
                 "affine": (0.05, 0.02),
