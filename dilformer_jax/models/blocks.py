@@ -2,11 +2,13 @@
 their place.
 
 The paper names the blocks and their roles; their inner sizes are ours. Features are (b, d, h, w, c); a block keeps the
-volume's shape.
+volume's shape. It computes in the type of its features, float32 or bfloat16, to which it casts its parameters, which
+are float32; statistics, scores and sums over channels are float32 always, and so is what a head gives.
 """
 
 import itertools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -19,6 +21,13 @@ from dilformer_jax.ops import spatial
 
 Features = Float[Array, "b d h w c"]
 Widened = Float[Array, "b d h w o"]
+DTYPES = ("float32", "bfloat16")
+
+
+def rematerialised(function: Callable, remat: bool) -> Callable:
+    """The function, of a module and arrays; with `remat` one that keeps nothing but its arguments for its gradient and
+    is computed anew there. Parameters' names do not depend on it."""
+    return nn.remat(function) if remat else function
 
 
 def activation(x: Features) -> Features:
@@ -27,9 +36,10 @@ def activation(x: Features) -> Features:
 
 def instance_norm(x: Features) -> Features:
     """Zero mean and unit variance over the voxels of each channel of each volume."""
-    mean = x.mean(axis=(1, 2, 3), keepdims=True)
-    centred = x - mean
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=(1, 2, 3), keepdims=True) + 1e-5)
+    precise = x.astype(jnp.float32)
+    centred = precise - precise.mean(axis=(1, 2, 3), keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=(1, 2, 3), keepdims=True) + 1e-5)
+    return normed.astype(x.dtype)
 
 
 class Conv(nn.Module):
@@ -44,9 +54,9 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> Float[Array, "b e f g o"]:
-        kernel = self.param("kernel", self.kernel_init, (*self.kernel, x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel, x.shape[-1], self.features)).astype(x.dtype)
         x = x @ kernel[0, 0, 0] if self.kernel == (1, 1, 1) else convolution.conv(x, kernel, stride=self.stride)
-        return x + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else x
+        return x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype) if self.bias else x
 
 
 class ConvNorm(nn.Module):
@@ -73,7 +83,7 @@ class Depthwise(nn.Module):
             nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3),
             (3, 3, 3, x.shape[-1]),
         )
-        return convolution.depthwise(x, kernel, dilation=self.dilation)
+        return convolution.depthwise(x, kernel.astype(x.dtype), dilation=self.dilation)
 
 
 class MSR(nn.Module):
@@ -123,7 +133,7 @@ class Dilformer(nn.Module):
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f"{self.heads} attention heads do not divide a width of {width} channels.")
-        y = nn.LayerNorm(epsilon=1e-5, name="attention_norm")(x)
+        y = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, name="attention_norm")(x)
         q, k, v = (
             Depthwise(dilation, name=f"{name}_range")(Conv(width, (1, 1, 1), bias=False, name=name)(y))
             for name, dilation in (("query", 1), ("key", 2), ("value", 3))
@@ -138,7 +148,7 @@ class Dilformer(nn.Module):
         else:
             raise ValueError(f"Dilformer's attention is 'channels' or 'windows', got {self.attention!r}.")
         x = x + Conv(width, (1, 1, 1), name="join")(y)
-        y = nn.LayerNorm(epsilon=1e-5, name="feed_forward_norm")(x)
+        y = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, name="feed_forward_norm")(x)
         y = Conv(2 * width, (1, 1, 1), name="widen")(y)
         y = nn.gelu(Depthwise(name="mix")(y))
         return x + Conv(width, (1, 1, 1), bias=False, name="narrow")(y)
@@ -149,9 +159,10 @@ def channel_attention(q: Features, k: Features, v: Features, temperature: Float[
     et al., CVPR 2022)."""
     shape = dict(zip("dhw", q.shape[1:4], strict=True))
     q, k, v = (rearrange(a, "b d h w (heads c) -> b heads (d h w) c", heads=len(temperature)) for a in (q, k, v))
-    unit = lambda a: a * jax.lax.rsqrt(jnp.square(a).sum(axis=2, keepdims=True) + 1e-6)
-    scores = jnp.einsum("bhnc,bhne->bhce", unit(q), unit(k)) * temperature
-    y = jnp.einsum("bhce,bhne->bhnc", nn.softmax(scores, axis=-1), v)
+    squares = lambda a: jnp.square(a.astype(jnp.float32)).sum(axis=2, keepdims=True)
+    unit = lambda a: (a * jax.lax.rsqrt(squares(a) + 1e-6)).astype(a.dtype)
+    scores = jnp.einsum("bhnc,bhne->bhce", unit(q), unit(k), preferred_element_type=jnp.float32) * temperature
+    y = jnp.einsum("bhce,bhne->bhnc", nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return rearrange(y, "b heads (d h w) c -> b d h w (heads c)", **shape)
 
 
@@ -187,11 +198,10 @@ def window_attention(
     offset = place[:, None] - place[None] + jnp.array(window) - 1
     relative = (offset[..., 0] * (2 * window[1] - 1) + offset[..., 1]) * (2 * window[2] - 1) + offset[..., 2]
     q, k, windows = cut(q), cut(k), cut(v)
-    scores = jnp.einsum("nhqc,nhkc->nhqk", q, k) / math.sqrt(q.shape[-1]) + rearrange(
-        bias[relative], "q k heads -> heads q k"
-    )
+    scores = jnp.einsum("nhqc,nhkc->nhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    scores += rearrange(bias[relative], "q k heads -> heads q k")
     scores = jnp.where(jnp.tile(inside, (v.shape[0], 1, 1, 1)), scores, -1e9)
-    y = jnp.einsum("nhqk,nhkc->nhqc", nn.softmax(scores, axis=-1), windows)
+    y = jnp.einsum("nhqk,nhkc->nhqc", nn.softmax(scores, axis=-1).astype(v.dtype), windows)
     y = rearrange(y, f"(b d e f) heads (wd we wf) c -> b {pattern} (heads c)", **counts, **sizes)
     return y[:, *(slice(before, before + size) for size, (before, _) in zip(volume, padding, strict=True))]
 
@@ -202,10 +212,11 @@ def correlation(fixed: Features, moved: Features) -> Widened:
 
     The cost volume of PWC-Net (Sun et al., CVPR 2018), at reach 1.
     """
-    padded = jnp.pad(moved, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)), mode="edge")
+    padded = jnp.pad(moved, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)), mode="edge").astype(jnp.float32)
     d, h, w = fixed.shape[1:4]
     offsets = itertools.product(range(3), repeat=3)
-    return jnp.stack([(fixed * padded[:, i : i + d, j : j + h, k : k + w]).mean(-1) for i, j, k in offsets], axis=-1)
+    alike = [(fixed * padded[:, i : i + d, j : j + h, k : k + w]).mean(-1) for i, j, k in offsets]
+    return jnp.stack(alike, axis=-1).astype(fixed.dtype)
 
 
 class SRF(nn.Module):
@@ -239,15 +250,15 @@ class Fusion(nn.Module):
 
 
 class Head(nn.Module):
-    """Features to a displacement in voxels; nearly zero at first, so that a fresh network is the identity."""
+    """Features to a displacement in voxels, float32; nearly zero at first, so that a fresh network is the identity."""
 
     @nn.compact
     def __call__(self, x: Features) -> Float[Array, "b d h w 3"]:
-        return Conv(3, kernel_init=nn.initializers.normal(1e-5))(x).astype(jnp.float32)
+        return Conv(3, kernel_init=nn.initializers.normal(1e-5))(x.astype(jnp.float32))
 
 
 class SpatialTransformer(nn.Module):
-    """`ops.spatial.warp` as a layer without parameters."""
+    """`ops.spatial.warp` as a layer without parameters; interpolates in float32 whatever the image's type."""
 
     order: int = 1
     padding: str = "border"
@@ -255,4 +266,6 @@ class SpatialTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, image: Features, displacement: Float[Array, "b e f g 3"]) -> Float[Array, "b e f g c"]:
-        return spatial.warp(image, displacement, order=self.order, padding=self.padding, engine=self.engine)
+        precise = image.astype(jnp.float32)
+        moved = spatial.warp(precise, displacement, order=self.order, padding=self.padding, engine=self.engine)
+        return moved.astype(image.dtype)

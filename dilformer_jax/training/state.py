@@ -8,6 +8,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from dilformer_jax.io.volumes import BadInput
@@ -69,27 +70,46 @@ def step_function(
     *,
     bidirectional: bool,
     shardings: tuple,
+    remat: bool = False,
+    accumulate: int = 1,
 ) -> Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]:
     """The compiled step: (state, batch) to (state, metrics). The state given is used up.
 
     The batch is split over the devices and everything else replicated (`shardings`, from `parallel.shardings`): XLA
     then adds up the gradients of all devices by itself. A step is a function of its arguments alone.
+
+    Neither option changes what is computed, but by rounding: `remat` keeps no features for the gradient but computes
+    them anew; `accumulate` cuts the batch in so many parts, of whole pairs for each device, one after the other.
     """
-    replicated, _ = shardings
+    replicated, sharded = shardings
+    # (parts, pairs, ...), the pairs split over the devices as in the batch.
+    parted = NamedSharding(sharded.mesh, jax.P(None, *sharded.spec))
+
+    def cut(batch):
+        # Every `accumulate`-th pair, so that each device finds its share of each part in what it has of the batch.
+        every = lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(jax.tree.map(every, batch), parted)
 
     def objective(params, fixed, moving):
-        displacements = module.apply({"params": params}, fixed, moving, both=bidirectional)
+        displacements = module.apply({"params": params}, fixed, moving, both=bidirectional, remat=remat)
         if bidirectional:
             # As the network orders them: pair by pair, both directions beside each other.
             beside = lambda first, second: jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
             fixed, moving = beside(fixed, moving), beside(moving, fixed)
         return losses.multi_resolution(fixed, moving, displacements, **loss)
 
+    def differentiated(params, batch):
+        return jax.value_and_grad(objective, has_aux=True)(params, batch["fixed"], batch["moving"])
+
+    def accumulated(params, batch):
+        add = lambda total, part: (jax.tree.map(jnp.add, total, differentiated(params, part)), None)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiated, params, batch))
+        total, _ = jax.lax.scan(add, zeros, cut(batch))
+        return jax.tree.map(lambda x: x / accumulate, total)
+
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(replicated, replicated))
     def step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
-        (value, parts), gradients = jax.value_and_grad(objective, has_aux=True)(
-            state.params, batch["fixed"], batch["moving"]
-        )
+        (value, parts), gradients = (accumulated if accumulate > 1 else differentiated)(state.params, batch)
         updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
         advanced = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         share = parts["regulariser"] / (jnp.abs(parts["similarity"]) + parts["regulariser"])
