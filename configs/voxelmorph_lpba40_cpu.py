@@ -18,6 +18,8 @@ def get_config(argument: str = "") -> ConfigDict:
         {
             "seed": 0,
             "batch_size": 0,
+            "accumulate": 1,  # parts that a batch is computed in, one after the other
+            "remat": False,  # True: less memory, more time
             "bidirectional": True,
             "total_steps": 360,
             "log_every": 10,
@@ -26,7 +28,12 @@ def get_config(argument: str = "") -> ConfigDict:
             "validation_pairs": 6,
             "model": {
                 "name": "voxelmorph",
-                "options": {"down": (16, 32, 32, 32), "up": (32, 32, 32, 32), "final": (32, 16, 16)},
+                "options": {
+                    "down": (16, 32, 32, 32),
+                    "up": (32, 32, 32, 32),
+                    "final": (32, 16, 16),
+                    "dtype": "float32",
+                },
             },
             "data": {
                 "name": "lpba40",

@@ -26,8 +26,9 @@ from dilformer_jax.reporting import figures, provenance, tables
 from dilformer_jax.training import checkpoint, logs, parallel, state
 
 RECORD = "run.json"
-# What may change between two starts of one run: where the data lie and how they are read, not what is computed.
-CHANGEABLE = ("data.directory", "data.cache", "data.workers")
+# What may change between two starts of one run: where the data lie, how they are read and in how much memory, not what
+# is computed.
+CHANGEABLE = ("data.directory", "data.cache", "data.workers", "accumulate", "remat")
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -39,7 +40,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     replicated, sharded = parallel.shardings(mesh)
     with config.unlocked():
         # As it is now: started again on other devices, 0 would come to mean other batches.
-        config.batch_size = config.batch_size or jax.device_count()
+        config.batch_size = config.batch_size or jax.device_count() * max(config.accumulate, 1)
     batch_size = config.batch_size
     _check(config, batch_size)
     try:
@@ -84,6 +85,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         config.loss.to_dict(),
         bidirectional=config.bidirectional,
         shardings=(replicated, sharded),
+        remat=config.remat,
+        accumulate=config.accumulate,
     )
     image = jax.ShapeDtypeStruct((batch_size, *shape, 1), jnp.float32, sharding=sharded)
     try:
@@ -176,10 +179,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 def _check(config: ConfigDict, batch_size: int) -> None:
     devices = jax.device_count()
+    if config.accumulate < 1:
+        raise BadInput(f"accumulate is {config.accumulate}; make it 1 or more.")
     if batch_size < 1 or batch_size % devices:
         raise BadInput(
             f"batch_size {batch_size} does not divide among {devices} devices; "
             "make it a multiple, or 0 for one pair each."
+        )
+    if batch_size % (devices * config.accumulate):
+        raise BadInput(
+            f"batch_size {batch_size} on {devices} device{'s' * (devices > 1)} does not divide into accumulate="
+            f"{config.accumulate} parts; make it a multiple of {devices * config.accumulate}, or 0."
         )
     if config.data.name not in sources.DATASETS:
         raise BadInput(f"config.data.name is {config.data.name!r}; give one of {', '.join(sources.DATASETS)}.")

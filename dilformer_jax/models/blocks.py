@@ -8,7 +8,8 @@ are float32; statistics, scores and sums over channels are float32 always, and s
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,10 +25,30 @@ Widened = Float[Array, "b d h w o"]
 DTYPES = ("float32", "bfloat16")
 
 
-def rematerialised(function: Callable, remat: bool) -> Callable:
-    """The function, of a module and arrays; with `remat` one that keeps nothing but its arguments for its gradient and
-    is computed anew there. Parameters' names do not depend on it."""
-    return nn.remat(function) if remat else function
+def rematerialised(function: Callable, modules: Sequence[nn.Module], *arguments: Any, remat: bool) -> Any:
+    """function(*modules, *arguments), and with `remat` only the arguments are kept for its gradient, for which it is
+    computed anew. Every module and array that it depends on is given, so that parameters are named as without.
+
+    XLA's CPU compiler drops the barriers by which `jax.checkpoint` puts off the second computation, does all of them
+    at once and saves nothing. There it is a branch of a conditional that depends on the data, as a branch is computed
+    only when it is due; the other branch serves no data but such as are no numbers.
+    """
+    if not remat:
+        return function(*modules, *arguments)
+    unbound, variables = zip(*(module.unbind() for module in modules), strict=True)
+
+    @jax.checkpoint
+    def compute(variables, *arguments):
+        return function(*(module.bind(own) for module, own in zip(unbound, variables, strict=True)), *arguments)
+
+    shapes = jax.eval_shape(compute, variables, *arguments)
+    spoilt = lambda *_: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+    sound = jax.lax.platform_dependent(
+        jax.tree.leaves(variables)[0],
+        cpu=lambda parameter: jnp.isfinite(parameter.ravel()[0]),
+        default=lambda parameter: jnp.array(True),
+    )
+    return jax.lax.cond(sound, compute, spoilt, variables, *arguments)
 
 
 def activation(x: Features) -> Features:
@@ -229,13 +250,15 @@ class SRF(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Features) -> Widened:
+    def __call__(self, x: Features, remat: bool = False) -> Widened:
+        def factorised(depth, height, width, y):
+            return activation(instance_norm(width(height(depth(y)))))
+
         x = Conv(self.features, (1, 1, 1))(x)
         y = activation(x)
         for _ in range(2):
-            for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):
-                y = Conv(self.features, kernel, bias=False)(y)
-            y = activation(instance_norm(y))
+            convs = [Conv(self.features, kernel, bias=False) for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3))]
+            y = rematerialised(factorised, convs, y, remat=remat)
         return activation(x + y)
 
 
@@ -245,8 +268,10 @@ class Fusion(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Features) -> Widened:
-        return ConvNorm(self.features)(ConvNorm(self.features)(x))
+    def __call__(self, x: Features, remat: bool = False) -> Widened:
+        for _ in range(2):
+            x = rematerialised(ConvNorm.__call__, [ConvNorm(self.features)], x, remat=remat)
+        return x
 
 
 class Head(nn.Module):

@@ -6,6 +6,7 @@ before each displacement, a multi-resolution loss. The inner sizes, and every op
 """
 
 import functools
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -47,31 +48,31 @@ class Encoder(nn.Module):
     def __call__(self, x: Float[Array, "b d h w 1"], remat: bool = False) -> list[Array]:
         pyramid = []
         for level in range(self.levels):
-            x = rematerialised(functools.partial(Encoder._level, level=level), remat)(self, x)
+            for block in self._blocks(level):
+                x = rematerialised(lambda block, x: block(x), [block], x, remat=remat)
             pyramid.append(x)
         return pyramid
 
-    def _level(self, x, level):
+    def _blocks(self, level: int) -> Iterator[nn.Module]:
         width = self.width * 2**level
         if level:
-            x = ConvNorm(width, (2, 2, 2), 2, name=f"down{level}")(x)
+            yield ConvNorm(width, (2, 2, 2), 2, name=f"down{level}")
         elif self.finest:
             # The image enters by strided convolutions: no features at the resolutions that carry no displacement.
-            x = ConvNorm(width, (4, 4, 4), 2, name="enter")(x)
+            yield ConvNorm(width, (4, 4, 4), 2, name="enter")
             for coarser in range(1, self.finest):
-                x = ConvNorm(width, (2, 2, 2), 2, name=f"enter{coarser}")(x)
+                yield ConvNorm(width, (2, 2, 2), 2, name=f"enter{coarser}")
         else:
-            x = ConvNorm(width, name="enter")(x)
+            yield ConvNorm(width, name="enter")
         if level or self.finest:
-            x = (MSR(name=f"msr{level}") if self.msr else Residual(name=f"plain{level}"))(x)
+            yield MSR(name=f"msr{level}") if self.msr else Residual(name=f"plain{level}")
         if self.dilformer in ("streams", "plain"):
             for block in range(dilformer_blocks(level, self.levels)):
                 if self.dilformer == "plain":
-                    x = Residual(name=f"plain_attention{level}_{block}")(x)
+                    yield Residual(name=f"plain_attention{level}_{block}")
                 else:
                     shifted = block % 2 == 1
-                    x = Dilformer(self.attention, self.heads, self.window, shifted, name=f"dilformer{level}_{block}")(x)
-        return x
+                    yield Dilformer(self.attention, self.heads, self.window, shifted, name=f"dilformer{level}_{block}")
 
 
 DILFORMERS, ATTENTIONS = ("streams", "fused", "plain"), ("channels", "windows")
@@ -156,42 +157,39 @@ class DilformerNet(nn.Module):
                 f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}."
             )
         fixed_pyramid, moving_pyramid = self._encode(fixed.astype(self.dtype), moving.astype(self.dtype), both, remat)
+        warp = SpatialTransformer()
         displacements: list[Array] = []
         x: Array | None = None
         u: Array | None = None
         for level in reversed(range(self.levels)):
-            decode = rematerialised(functools.partial(DilformerNet._decode, level=level), remat)
-            x, u = decode(self, fixed_pyramid[level], moving_pyramid[level], x, u)
+            f, m = fixed_pyramid[level], moving_pyramid[level]
+            width = f.shape[-1]
+            fuse = (SRF if self.srf else Fusion)(width, name=f"fuse{level}")
+            head = Head(name=f"head{level}")
+            up = Conv(width, (1, 1, 1), bias=False, name=f"up{level}") if u is not None else None
+            if u is not None:
+                u = spatial.resize_displacement(u, f.shape[1:4])
+            compared = self.correlation and level > 0
+            for recursion in range(self.recursions):
+                if up is None:
+                    inputs = _beside(f, m if u is None else warp(m, u), jnp.zeros_like(f) if x is None else x, compared)
+                else:
+                    meet = functools.partial(_meet, compared=compared, enlarging=recursion == 0)
+                    inputs = rematerialised(meet, [up, warp], f, m, x, u, remat=remat)
+                x = fuse(inputs, remat)
+                if self.dilformer == "fused" and recursion == 0:
+                    for block in range(dilformer_blocks(level, self.levels)):
+                        mix = Dilformer(
+                            self.attention, self.heads, self.window, block % 2 == 1, name=f"dilformer{level}_{block}"
+                        )
+                        x = rematerialised(lambda mix, x: mix(x), [mix], x, remat=remat)
+                w = rematerialised(lambda head, x: head(x), [head], x, remat=remat)
+                if self.diffeomorphic:
+                    w = spatial.integrate(w)
+                u = w if u is None else spatial.compose(u, w)
+            assert u is not None
             displacements.append(u)
         return tuple(reversed(displacements))
-
-    def _decode(self, f, m, x, u, level):
-        """A level's features and displacement, from its pyramids and the level below (None at the coarsest)."""
-        width = f.shape[-1]
-        if x is not None and u is not None:
-            # To the level's width before the enlargement, where it costs an eighth.
-            x = Conv(width, (1, 1, 1), bias=False, name=f"up{level}")(x)
-            x = spatial.resize(x, f.shape[1:4]).astype(f.dtype)
-            u = spatial.resize_displacement(u, f.shape[1:4])
-        warp = SpatialTransformer()
-        fuse = (SRF if self.srf else Fusion)(width, name=f"fuse{level}")
-        head = Head(name=f"head{level}")
-        below = x if x is not None else jnp.zeros_like(f)
-        for recursion in range(self.recursions):
-            seen = m if u is None else warp(m, u)
-            inputs = [f, seen, below]
-            if self.correlation and level:
-                inputs.append(correlation(f, seen))
-            x = fuse(jnp.concatenate(inputs, axis=-1))
-            if self.dilformer == "fused" and recursion == 0:
-                for block in range(dilformer_blocks(level, self.levels)):
-                    shifted = block % 2 == 1
-                    x = Dilformer(self.attention, self.heads, self.window, shifted, name=f"dilformer{level}_{block}")(x)
-            below, w = x, head(x)
-            if self.diffeomorphic:
-                w = spatial.integrate(w)
-            u = w if u is None else spatial.compose(u, w)
-        return x, u
 
     def _encode(self, fixed, moving, both, remat):
         options = (
@@ -221,3 +219,16 @@ class DilformerNet(nn.Module):
         if both:
             return pyramid, [x[:, ::-1].reshape(2 * b, *x.shape[2:]) for x in beside]
         return [x[:, 0] for x in beside], [x[:, 1] for x in beside]
+
+
+def _meet(up, warp, f, m, x, u, *, compared, enlarging):
+    """What a level fuses. Where it has not been enlarged before, x is the features of the level below."""
+    if enlarging:
+        # To the level's width before the enlargement, where it costs an eighth.
+        x = spatial.resize(up(x).astype(jnp.float32), f.shape[1:4]).astype(f.dtype)
+    return _beside(f, warp(m, u), x, compared)
+
+
+def _beside(f, seen, below, compared):
+    inputs = [f, seen, below, correlation(f, seen)] if compared else [f, seen, below]
+    return jnp.concatenate(inputs, axis=-1)

@@ -69,15 +69,14 @@ class VoxelMorph(nn.Module):
             skips.append(x)
         x = skips.pop()
         for features in self.up:
-            up = lambda self, x, skip, features=features: self._up(x, skip, features)
-            x = rematerialised(up, remat)(self, x, skips.pop())
+            x = rematerialised(_upwards, [Conv(features)], x, skips.pop(), remat=remat)
         for features in self.final:
             x = nn.leaky_relu(Conv(features)(x), 0.2)
         return (Head(name="head")(x),)
 
-    def _up(self, x, skip, features):
-        x = nn.leaky_relu(Conv(features)(x), 0.2)
-        return jnp.concatenate([_enlarge(x), skip], axis=-1)
+
+def _upwards(conv, x, skip):
+    return jnp.concatenate([_enlarge(nn.leaky_relu(conv(x), 0.2)), skip], axis=-1)
 
 
 def _enlarge(x):
