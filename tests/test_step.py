@@ -139,14 +139,6 @@ def image_of(seed: int) -> jax.Array:
     return jnp.asarray(brains()[0][seed : seed + 1])
 
 
-def test_what_is_no_number_is_not_hidden_by_remat() -> None:
-    """The conditional around each part takes the other branch for it."""
-    spoilt = start()
-    spoilt = spoilt.replace(params=jax.tree.map(lambda x: x * jnp.nan, spoilt.params))
-    _, measured = compiled(remat=True)(jax.device_put(spoilt, shardings()[0]), batch(shardings()[1]))
-    assert np.isnan(measured["loss"]) and np.isnan(measured["gradient_norm"])
-
-
 # --- donation, and one program for the whole run ---
 
 
