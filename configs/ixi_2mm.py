@@ -17,6 +17,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "seed": 0,
             "batch_size": 0,
             "space": 1,  # devices that share each volume
+            "accumulate": 1,  # parts that a batch is computed in, one after the other
+            "remat": False,  # True: less memory, more time
             "bidirectional": True,
             "total_steps": 1600,
             "log_every": 10,
@@ -39,6 +41,7 @@ def get_config(argument: str = "") -> ConfigDict:
                     "attention": "channels",
                     "heads": 4,
                     "window": (5, 6, 5),  # of attention "windows"
+                    "dtype": "float32",
                 },
             },
             "data": {

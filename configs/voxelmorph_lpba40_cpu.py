@@ -19,6 +19,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "seed": 0,
             "batch_size": 0,
             "space": 1,  # devices that share each volume
+            "accumulate": 1,  # parts that a batch is computed in, one after the other
+            "remat": False,  # True: less memory, more time
             "bidirectional": True,
             "total_steps": 360,
             "log_every": 10,
@@ -27,7 +29,12 @@ def get_config(argument: str = "") -> ConfigDict:
             "validation_pairs": 6,
             "model": {
                 "name": "voxelmorph",
-                "options": {"down": (16, 32, 32, 32), "up": (32, 32, 32, 32), "final": (32, 16, 16)},
+                "options": {
+                    "down": (16, 32, 32, 32),
+                    "up": (32, 32, 32, 32),
+                    "final": (32, 16, 16),
+                    "dtype": "float32",
+                },
             },
             "data": {
                 "name": "lpba40",

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from dilformer_jax.registration.pipeline import Predictor
 
 RECORD = "run.json"
-# What may change between two starts of one run: where the data lie and how they are read, not what is computed.
-CHANGEABLE = ("data.directory", "data.cache", "data.workers", "space")
+# What may change between two starts of one run: where the data lie, how they are read, in how much memory and on which
+# devices, not what is computed.
+CHANGEABLE = ("data.directory", "data.cache", "data.workers", "space", "accumulate", "remat")
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -48,7 +49,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     replicated, (share, shares) = parallel.replicated(mesh), parallel.share(mesh)
     with config.unlocked():
         # As it is now: started again on other devices, 0 would come to mean other batches.
-        config.batch_size = config.batch_size or mesh.shape["data"]
+        config.batch_size = config.batch_size or mesh.shape["data"] * max(config.accumulate, 1)
     batch_size = config.batch_size
     _check(config, batch_size, mesh.shape["data"])
     try:
@@ -96,6 +97,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         bidirectional=config.bidirectional,
         mesh=mesh,
         split=split,
+        remat=config.remat,
+        accumulate=config.accumulate,
     )
     planes = split.count * split.planes if split else shape[0]
     image = jax.ShapeDtypeStruct((batch_size, planes, *shape[1:], 1), jnp.float32, sharding=parallel.sharded(mesh))
@@ -191,11 +194,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def _check(config: ConfigDict, batch_size: int, shares: int) -> None:
+    owners = "devices" if config.space == 1 else f"groups of {config.space} devices"
+    if config.accumulate < 1:
+        raise BadInput(f"accumulate is {config.accumulate}; make it 1 or more.")
     if batch_size < 1 or batch_size % shares:
-        owners = "devices" if config.space == 1 else f"groups of {config.space} devices"
         raise BadInput(
             f"batch_size {batch_size} does not divide among {shares} {owners}; "
             "make it a multiple, or 0 for one pair each."
+        )
+    if batch_size % (shares * config.accumulate):
+        raise BadInput(
+            f"batch_size {batch_size} on {shares} {owners if shares > 1 else 'device'} does not divide into accumulate="
+            f"{config.accumulate} parts; make it a multiple of {shares * config.accumulate}, or 0."
         )
     if config.data.name not in sources.DATASETS:
         raise BadInput(f"config.data.name is {config.data.name!r}; give one of {', '.join(sources.DATASETS)}.")

@@ -242,6 +242,11 @@ def test_a_gradient_that_is_no_number_is_not_kept(
     ("overrides", "said"),
     [
         (["--config.batch_size=3"], "batch_size 3 does not divide among 4 devices"),
+        (["--config.accumulate=0"], "accumulate is 0; make it 1 or more"),
+        (
+            ["--config.batch_size=4", "--config.accumulate=2"],
+            "batch_size 4 on 4 devices does not divide into accumulate=2",
+        ),
         (["--config.log_every=3"], "validate_every is 4 and log_every 3; make it a multiple"),
         (["--config.validate_every=6", "--config.log_every=3"], "checkpoint_every is 2 and log_every 3"),
         (["--config.data.name=lpba41"], "config.data.name is 'lpba41'; give one of lpba40, ixi_2mm, ixi, folder"),

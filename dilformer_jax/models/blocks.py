@@ -2,11 +2,14 @@
 their place.
 
 The paper names the blocks and their roles; their inner sizes are ours. Features are (b, d, h, w, c); a block keeps the
-volume's shape.
+volume's shape. It computes in the type of its features, float32 or bfloat16, to which it casts its parameters, which
+are float32; statistics, scores and sums over channels are float32 always, and so is what a head gives.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,6 +22,32 @@ from dilformer_jax.ops import slabs, spatial
 
 Features = Float[Array, "b d h w c"]
 Widened = Float[Array, "b d h w o"]
+DTYPES = ("float32", "bfloat16")
+
+
+def rematerialised(function: Callable, modules: Sequence[nn.Module], *arguments: Any, remat: bool) -> Any:
+    """function(*modules, *arguments), and with `remat` only the arguments are kept for its gradient, for which it is
+    computed anew. Every module and array that it depends on is given, so that parameters are named as without.
+
+    Not by `jax.checkpoint`, whose barriers XLA's CPU compiler drops: it then computes everything anew at once and saves
+    nothing. Here the arguments of the second computation hold the gradient that it waits for, times zero. (The branches
+    of a conditional wait too, but convolutions are several times slower in them on the CPU.)
+    """
+    if not remat:
+        return function(*modules, *arguments)
+    unbound, variables = zip(*(module.unbind() for module in modules), strict=True)
+
+    def compute(variables, *arguments):
+        return function(*(module.bind(own) for module, own in zip(unbound, variables, strict=True)), *arguments)
+
+    def gradient(saved, cotangent):
+        first = jax.tree.leaves(cotangent)[0]
+        zero = 0 * first[(0,) * first.ndim]
+        return jax.vjp(compute, *jax.tree.map(lambda x: x + zero.astype(x.dtype), saved))[1](cotangent)
+
+    rule = jax.custom_vjp(compute)
+    rule.defvjp(lambda *operands: (compute(*operands), operands), gradient)
+    return rule(variables, *arguments)
 
 
 def activation(x: Features) -> Features:
@@ -28,8 +57,9 @@ def activation(x: Features) -> Features:
 def instance_norm(x: Features) -> Features:
     """Zero mean and unit variance over the voxels of each channel of each volume."""
     mean = functools.partial(slabs.mean, axis=(1, 2, 3), keepdims=True)
-    centred = x - mean(x)
-    return centred * jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-5)
+    precise = x.astype(jnp.float32)
+    centred = precise - mean(precise)
+    return (centred * jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-5)).astype(x.dtype)
 
 
 class Conv(nn.Module):
@@ -44,14 +74,14 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, *inputs: Float[Array, "b d h w _"]) -> Float[Array, "b e f g o"]:
-        width = sum(x.shape[-1] for x in inputs)
-        kernel = self.param("kernel", self.kernel_init, (*self.kernel, width, self.features))
+        width, dtype = sum(x.shape[-1] for x in inputs), inputs[0].dtype
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel, width, self.features)).astype(dtype)
         if self.kernel == (1, 1, 1):
             x = convolution.pointwise(inputs, kernel[0, 0, 0])
         else:
             (x,) = inputs
             x = convolution.conv(x, kernel, stride=self.stride)
-        return x + self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else x
+        return x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype) if self.bias else x
 
 
 class ConvNorm(nn.Module):
@@ -78,7 +108,7 @@ class Depthwise(nn.Module):
             nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1, 2), out_axis=3),
             (3, 3, 3, x.shape[-1]),
         )
-        return convolution.depthwise(x, kernel, dilation=self.dilation)
+        return convolution.depthwise(x, kernel.astype(x.dtype), dilation=self.dilation)
 
 
 class MSR(nn.Module):
@@ -128,7 +158,7 @@ class Dilformer(nn.Module):
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f"{self.heads} attention heads do not divide a width of {width} channels.")
-        y = nn.LayerNorm(epsilon=1e-5, name="attention_norm")(x)
+        y = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, name="attention_norm")(x)
         q, k, v = (
             Depthwise(dilation, name=f"{name}_range")(Conv(width, (1, 1, 1), bias=False, name=name)(y))
             for name, dilation in (("query", 1), ("key", 2), ("value", 3))
@@ -143,7 +173,7 @@ class Dilformer(nn.Module):
         else:
             raise ValueError(f"Dilformer's attention is 'channels' or 'windows', got {self.attention!r}.")
         x = x + Conv(width, (1, 1, 1), name="join")(y)
-        y = nn.LayerNorm(epsilon=1e-5, name="feed_forward_norm")(x)
+        y = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, name="feed_forward_norm")(x)
         y = Conv(2 * width, (1, 1, 1), name="widen")(y)
         y = nn.gelu(Depthwise(name="mix")(y))
         return x + Conv(width, (1, 1, 1), bias=False, name="narrow")(y)
@@ -155,9 +185,11 @@ def channel_attention(q: Features, k: Features, v: Features, temperature: Float[
     shape = dict(zip("dhw", q.shape[1:4], strict=True))
     q, k = slabs.masked(q), slabs.masked(k)
     q, k, v = (rearrange(a, "b d h w (heads c) -> b heads (d h w) c", heads=len(temperature)) for a in (q, k, v))
-    unit = lambda a: a * jax.lax.rsqrt(slabs.total(jnp.square(a).sum(axis=2, keepdims=True)) + 1e-6)
-    scores = slabs.total(jnp.einsum("bhnc,bhne->bhce", unit(q), unit(k))) * temperature
-    y = jnp.einsum("bhce,bhne->bhnc", nn.softmax(scores, axis=-1), v)
+    squares = lambda a: slabs.total(jnp.square(a.astype(jnp.float32)).sum(axis=2, keepdims=True))
+    unit = lambda a: (a * jax.lax.rsqrt(squares(a) + 1e-6)).astype(a.dtype)
+    products = jnp.einsum("bhnc,bhne->bhce", unit(q), unit(k), preferred_element_type=jnp.float32)
+    scores = nn.softmax(slabs.total(products) * temperature, axis=-1).astype(v.dtype)
+    y = jnp.einsum("bhce,bhne->bhnc", scores, v)
     return rearrange(y, "b heads (d h w) c -> b d h w (heads c)", **shape)
 
 
@@ -198,11 +230,10 @@ def window_attention(
     offset = place[:, None] - place[None] + jnp.array(window) - 1
     relative = (offset[..., 0] * (2 * window[1] - 1) + offset[..., 1]) * (2 * window[2] - 1) + offset[..., 2]
     q, k, windows = cut(q), cut(k), cut(v)
-    scores = jnp.einsum("nhqc,nhkc->nhqk", q, k) / math.sqrt(q.shape[-1]) + rearrange(
-        bias[relative], "q k heads -> heads q k"
-    )
+    scores = jnp.einsum("nhqc,nhkc->nhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    scores += rearrange(bias[relative], "q k heads -> heads q k")
     scores = jnp.where(jnp.tile(inside, (v.shape[0], 1, 1, 1)), scores, -1e9)
-    y = jnp.einsum("nhqk,nhkc->nhqc", nn.softmax(scores, axis=-1), windows)
+    y = jnp.einsum("nhqk,nhkc->nhqc", nn.softmax(scores, axis=-1).astype(v.dtype), windows)
     y = rearrange(y, f"(b d e f) heads (wd we wf) c -> b {pattern} (heads c)", **counts, **sizes)
     return y[:, *(slice(before, before + size) for size, (before, _) in zip(volume, padding, strict=True))]
 
@@ -214,7 +245,7 @@ def correlation(fixed: Features, moved: Features) -> Widened:
     The cost volume of PWC-Net (Sun et al., CVPR 2018), at reach 1.
     """
     padded = jnp.pad(slabs.extended(moved, 1, "border"), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    return _likeness(fixed, padded)
+    return _likeness(fixed.astype(jnp.float32), padded.astype(jnp.float32)).astype(fixed.dtype)
 
 
 @jax.custom_vjp
@@ -265,13 +296,15 @@ class SRF(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, *inputs: Float[Array, "b d h w _"]) -> Widened:
+    def __call__(self, *inputs: Float[Array, "b d h w _"], remat: bool = False) -> Widened:
+        def factorised(depth, height, width, y):
+            return activation(instance_norm(width(height(depth(y)))))
+
         x = Conv(self.features, (1, 1, 1))(*inputs)
         y = activation(x)
         for _ in range(2):
-            for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):
-                y = Conv(self.features, kernel, bias=False)(y)
-            y = activation(instance_norm(y))
+            convs = [Conv(self.features, kernel, bias=False) for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3))]
+            y = rematerialised(factorised, convs, y, remat=remat)
         return activation(x + y)
 
 
@@ -281,20 +314,23 @@ class Fusion(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, *inputs: Float[Array, "b d h w _"]) -> Widened:
-        return ConvNorm(self.features)(ConvNorm(self.features)(jnp.concatenate(inputs, axis=-1)))
+    def __call__(self, *inputs: Float[Array, "b d h w _"], remat: bool = False) -> Widened:
+        x = jnp.concatenate(inputs, axis=-1)
+        for _ in range(2):
+            x = rematerialised(ConvNorm.__call__, [ConvNorm(self.features)], x, remat=remat)
+        return x
 
 
 class Head(nn.Module):
-    """Features to a displacement in voxels; nearly zero at first, so that a fresh network is the identity."""
+    """Features to a displacement in voxels, float32; nearly zero at first, so that a fresh network is the identity."""
 
     @nn.compact
     def __call__(self, x: Features) -> Float[Array, "b d h w 3"]:
-        return Conv(3, kernel_init=nn.initializers.normal(1e-5))(x).astype(jnp.float32)
+        return Conv(3, kernel_init=nn.initializers.normal(1e-5))(x.astype(jnp.float32))
 
 
 class SpatialTransformer(nn.Module):
-    """`ops.spatial.warp` as a layer without parameters."""
+    """`ops.spatial.warp` as a layer without parameters; interpolates in float32 whatever the image's type."""
 
     order: int = 1
     padding: str = "border"
@@ -302,4 +338,6 @@ class SpatialTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, image: Features, displacement: Float[Array, "b e f g 3"]) -> Float[Array, "b e f g c"]:
-        return spatial.warp(image, displacement, order=self.order, padding=self.padding, engine=self.engine)
+        precise = image.astype(jnp.float32)
+        moved = spatial.warp(precise, displacement, order=self.order, padding=self.padding, engine=self.engine)
+        return moved.astype(image.dtype)

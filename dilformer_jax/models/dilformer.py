@@ -5,11 +5,15 @@ From the paper: two streams through one pyramid of MSR blocks, Dilformer blocks 
 before each displacement, a multi-resolution loss. The inner sizes, and every option, are ours.
 """
 
+import functools
+from collections.abc import Iterator
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dilformer_jax.models.blocks import (
+    DTYPES,
     MSR,
     SRF,
     Conv,
@@ -20,6 +24,7 @@ from dilformer_jax.models.blocks import (
     Residual,
     SpatialTransformer,
     correlation,
+    rematerialised,
 )
 from dilformer_jax.ops import spatial
 
@@ -40,32 +45,34 @@ class Encoder(nn.Module):
     window: tuple[int, int, int]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b d h w 1"]) -> list[Array]:
+    def __call__(self, x: Float[Array, "b d h w 1"], remat: bool = False) -> list[Array]:
         pyramid = []
         for level in range(self.levels):
-            width = self.width * 2**level
-            if level:
-                x = ConvNorm(width, (2, 2, 2), 2, name=f"down{level}")(x)
-            elif self.finest:
-                # The image enters by strided convolutions: no features at the resolutions that carry no displacement.
-                x = ConvNorm(width, (4, 4, 4), 2, name="enter")(x)
-                for coarser in range(1, self.finest):
-                    x = ConvNorm(width, (2, 2, 2), 2, name=f"enter{coarser}")(x)
-            else:
-                x = ConvNorm(width, name="enter")(x)
-            if level or self.finest:
-                x = (MSR(name=f"msr{level}") if self.msr else Residual(name=f"plain{level}"))(x)
-            if self.dilformer in ("streams", "plain"):
-                for block in range(dilformer_blocks(level, self.levels)):
-                    if self.dilformer == "plain":
-                        x = Residual(name=f"plain_attention{level}_{block}")(x)
-                    else:
-                        shifted = block % 2 == 1
-                        x = Dilformer(
-                            self.attention, self.heads, self.window, shifted, name=f"dilformer{level}_{block}"
-                        )(x)
+            for block in self._blocks(level):
+                x = rematerialised(lambda block, x: block(x), [block], x, remat=remat)
             pyramid.append(x)
         return pyramid
+
+    def _blocks(self, level: int) -> Iterator[nn.Module]:
+        width = self.width * 2**level
+        if level:
+            yield ConvNorm(width, (2, 2, 2), 2, name=f"down{level}")
+        elif self.finest:
+            # The image enters by strided convolutions: no features at the resolutions that carry no displacement.
+            yield ConvNorm(width, (4, 4, 4), 2, name="enter")
+            for coarser in range(1, self.finest):
+                yield ConvNorm(width, (2, 2, 2), 2, name=f"enter{coarser}")
+        else:
+            yield ConvNorm(width, name="enter")
+        if level or self.finest:
+            yield MSR(name=f"msr{level}") if self.msr else Residual(name=f"plain{level}")
+        if self.dilformer in ("streams", "plain"):
+            for block in range(dilformer_blocks(level, self.levels)):
+                if self.dilformer == "plain":
+                    yield Residual(name=f"plain_attention{level}_{block}")
+                else:
+                    shifted = block % 2 == 1
+                    yield Dilformer(self.attention, self.heads, self.window, shifted, name=f"dilformer{level}_{block}")
 
 
 DILFORMERS, ATTENTIONS = ("streams", "fused", "plain"), ("channels", "windows")
@@ -94,6 +101,8 @@ class DilformerNet(nn.Module):
       each fixed feature is to the moving ones around its place.
       attention: 'channels' or 'windows'.
       heads, window: of the attention.
+      dtype: 'float32', or 'bfloat16' for what lies between the images and the heads; parameters and displacements are
+      float32 always.
     """
 
     width: int = 16
@@ -109,12 +118,13 @@ class DilformerNet(nn.Module):
     attention: str = "channels"
     heads: int = 4
     window: tuple[int, int, int] = (5, 6, 5)
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, lowest in (("width", 1), ("levels", 1), ("finest", 0), ("recursions", 1), ("heads", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"DilformerNet's {name} is {lowest} or more, got {getattr(self, name)}.")
-        for name, choices in (("dilformer", DILFORMERS), ("attention", ATTENTIONS)):
+        for name, choices in (("dilformer", DILFORMERS), ("attention", ATTENTIONS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"DilformerNet's {name} is one of {choices}, got {getattr(self, name)!r}.")
         super().__post_init__()
@@ -126,12 +136,18 @@ class DilformerNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, fixed: Float[Array, "b d h w 1"], moving: Float[Array, "b d h w 1"], *, both: bool = False
+        self,
+        fixed: Float[Array, "b d h w 1"],
+        moving: Float[Array, "b d h w 1"],
+        *,
+        both: bool = False,
+        remat: bool = False,
     ) -> tuple[Array, ...]:
         """Displacements of each level in its own voxels, (b, d / 2^l, h / 2^l, w / 2^l, 3), finest first.
 
         With `both`, one encoding serves both directions: the batch is 2b long, 2i registers moving i to fixed i and 2i
-        + 1 fixed i to moving i.
+        + 1 fixed i to moving i. With `remat`, the gradient computes each level's features anew instead of keeping them:
+        less memory for more time, the same numbers.
 
         Raises:
           ValueError: an axis that is not a multiple of `downsampling`, or heads that do not divide a level's channels.
@@ -140,7 +156,7 @@ class DilformerNet(nn.Module):
             raise ValueError(
                 f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}."
             )
-        fixed_pyramid, moving_pyramid = self._encode(fixed, moving, both)
+        fixed_pyramid, moving_pyramid = self._encode(fixed.astype(self.dtype), moving.astype(self.dtype), both, remat)
         warp = SpatialTransformer()
         displacements: list[Array] = []
         x: Array | None = None
@@ -148,25 +164,26 @@ class DilformerNet(nn.Module):
         for level in reversed(range(self.levels)):
             f, m = fixed_pyramid[level], moving_pyramid[level]
             width = f.shape[-1]
-            if x is not None and u is not None:
-                # To the level's width before the enlargement, where it costs an eighth.
-                x = spatial.resize(Conv(width, (1, 1, 1), bias=False, name=f"up{level}")(x), f.shape[1:4])
-                u = spatial.resize_displacement(u, f.shape[1:4])
             fuse = (SRF if self.srf else Fusion)(width, name=f"fuse{level}")
             head = Head(name=f"head{level}")
-            below = x if x is not None else jnp.zeros_like(f)
+            up = Conv(width, (1, 1, 1), bias=False, name=f"up{level}") if u is not None else None
+            if u is not None:
+                u = spatial.resize_displacement(u, f.shape[1:4])
+            compared = self.correlation and level > 0
             for recursion in range(self.recursions):
-                seen = m if u is None else warp(m, u)
-                inputs = [f, seen, below]
-                if self.correlation and level:
-                    inputs.append(correlation(f, seen))
-                x = fuse(*inputs)
+                if up is None:
+                    inputs = _beside(f, m if u is None else warp(m, u), jnp.zeros_like(f) if x is None else x, compared)
+                else:
+                    meet = functools.partial(_meet, compared=compared, enlarging=recursion == 0)
+                    inputs = rematerialised(meet, [up, warp], f, m, x, u, remat=remat)
+                x = fuse(*inputs, remat=remat)
                 if self.dilformer == "fused" and recursion == 0:
                     for block in range(dilformer_blocks(level, self.levels)):
-                        x = Dilformer(
+                        mix = Dilformer(
                             self.attention, self.heads, self.window, block % 2 == 1, name=f"dilformer{level}_{block}"
-                        )(x)
-                below, w = x, head(x)
+                        )
+                        x = rematerialised(lambda mix, x: mix(x), [mix], x, remat=remat)
+                w = rematerialised(lambda head, x: head(x), [head], x, remat=remat)
                 if self.diffeomorphic:
                     w = spatial.integrate(w)
                 u = w if u is None else spatial.compose(u, w)
@@ -174,7 +191,7 @@ class DilformerNet(nn.Module):
             displacements.append(u)
         return tuple(reversed(displacements))
 
-    def _encode(self, fixed, moving, both):
+    def _encode(self, fixed, moving, both, remat):
         options = (
             self.width,
             self.levels,
@@ -195,10 +212,22 @@ class DilformerNet(nn.Module):
                 Encoder(*options, name="moving_encoder"),
             )
             if both:
-                return encode_fixed(stack(fixed, moving)), encode_moving(stack(moving, fixed))
-            return encode_fixed(fixed), encode_moving(moving)
-        pyramid = Encoder(*options, name="encoder")(stack(fixed, moving))
+                return encode_fixed(stack(fixed, moving), remat), encode_moving(stack(moving, fixed), remat)
+            return encode_fixed(fixed, remat), encode_moving(moving, remat)
+        pyramid = Encoder(*options, name="encoder")(stack(fixed, moving), remat)
         beside = [x.reshape(b, 2, *x.shape[1:]) for x in pyramid]
         if both:
             return pyramid, [x[:, ::-1].reshape(2 * b, *x.shape[2:]) for x in beside]
         return [x[:, 0] for x in beside], [x[:, 1] for x in beside]
+
+
+def _meet(up, warp, f, m, x, u, *, compared, enlarging):
+    """What a level fuses. Where it has not been enlarged before, x is the features of the level below."""
+    if enlarging:
+        # To the level's width before the enlargement, where it costs an eighth.
+        x = spatial.resize(up(x).astype(jnp.float32), f.shape[1:4]).astype(f.dtype)
+    return _beside(f, warp(m, u), x, compared)
+
+
+def _beside(f, seen, below, compared):
+    return [f, seen, below, correlation(f, seen)] if compared else [f, seen, below]

@@ -73,16 +73,26 @@ def step_function(
     bidirectional: bool,
     mesh: Mesh,
     split: Slabs | None = None,
+    remat: bool = False,
+    accumulate: int = 1,
 ) -> Callable[[State, Mapping[str, Any]], tuple[State, Metrics]]:
     """The compiled step: (state, batch) to (state, metrics). The state given is used up.
 
     The batch is split over the 'data' axis of the mesh, its volumes over the 'space' axis as `split` says (from
     `parallel.slabs`), and everything else replicated. A step is a function of its arguments alone.
+
+    Neither option changes what is computed, but by rounding: `remat` keeps no features for the gradient but computes
+    them anew; `accumulate` cuts the batch in so many parts, of whole pairs for each device, one after the other.
     """
     everywhere = ("data", "space")
 
+    def cut(batch):
+        # Every `accumulate`-th of the pairs that a device has.
+        every = lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
+        return jax.tree.map(every, batch)
+
     def objective(params, fixed, moving):
-        displacements = module.apply({"params": params}, fixed, moving, both=bidirectional)
+        displacements = module.apply({"params": params}, fixed, moving, both=bidirectional, remat=remat)
         if bidirectional:
             # As the network orders them: pair by pair, both directions beside each other.
             beside = lambda first, second: jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
@@ -92,23 +102,30 @@ def step_function(
         # parameters contributes.
         return value / mesh.size, parts | {"loss": value}
 
+    def differentiated(params, batch):
+        return jax.grad(objective, has_aux=True)(params, batch["fixed"], batch["moving"])
+
+    def accumulated(params, batch):
+        add = lambda total, part: (jax.tree.map(jnp.add, total, differentiated(params, part)), None)
+        parts = cut(batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiated, params, first))
+        total, _ = lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda x: x / accumulate, total)
+
     # Every device works on what it holds, by the same program as one device alone, and says itself what it needs of
     # the others: `ops.slabs` what neighbouring slabs share, this function the sums.
     @functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(jax.P(), jax.P(*everywhere), jax.P(*everywhere)),
-        out_specs=jax.P(),
-        check_vma=False,
+        jax.shard_map, mesh=mesh, in_specs=(jax.P(), jax.P(*everywhere)), out_specs=jax.P(), check_vma=False
     )
-    def measured(params, fixed, moving):
+    def measured(params, batch):
         with slabs.split(split):
-            gradients, parts = jax.grad(objective, has_aux=True)(params, fixed, moving)
+            gradients, parts = (accumulated if accumulate > 1 else differentiated)(params, batch)
         return lax.psum(gradients, everywhere), lax.pmean(parts, everywhere)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=NamedSharding(mesh, jax.P()))
     def step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
-        gradients, parts = measured(state.params, batch["fixed"], batch["moving"])
+        gradients, parts = measured(state.params, {name: batch[name] for name in ("fixed", "moving")})
         updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
         advanced = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         share = parts["regulariser"] / (jnp.abs(parts["similarity"]) + parts["regulariser"])

@@ -1,0 +1,256 @@
+"""The training step: what it keeps in memory, computes in and hands on; equal however it is cut."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+
+from dilformer_jax import models
+from dilformer_jax.data.phantoms import phantom
+from dilformer_jax.training import checkpoint, feeding, parallel, state
+
+LOSS = {
+    "finest": 0,
+    "weights": (1.0, 0.5),
+    "windows": (5, 3),
+    "similarity": "lncc",
+    "border": "cut",
+    "regulariser": "diffusion",
+    "regulariser_weight": 1.0,
+}
+SIZE = (16, 16, 16)
+PAIRS = 8
+OPTIONS = {"width": 4, "levels": 2}
+
+
+@functools.cache
+def module(dtype: str = "float32", **options: Any) -> Any:
+    return models.create("dilformer", dtype=dtype, **{**OPTIONS, **options})
+
+
+@functools.cache
+def transformation() -> Any:
+    return state.optimiser(learning_rate=1e-2, warmup_steps=0, total_steps=100, schedule="constant", clip=1.0)
+
+
+@functools.cache
+def brains() -> tuple[np.ndarray, np.ndarray]:
+    """Fixed and moving images (PAIRS, *SIZE, 1): phantoms, averaged to the size."""
+    images = [phantom(seed, (32, 32, 32))[0] for seed in range(PAIRS + 1)]
+    small = [image.reshape(16, 2, 16, 2, 16, 2).mean((1, 3, 5)) for image in images]
+    stacked = np.stack(small).astype(np.float32)[..., None]
+    return stacked[:-1], stacked[1:]
+
+
+@functools.cache
+def mesh() -> jax.sharding.Mesh:
+    return parallel.mesh()
+
+
+def batch() -> dict[str, jax.Array]:
+    return feeding.feeder(mesh())(dict(zip(("fixed", "moving"), brains(), strict=True)))
+
+
+def start() -> state.State:
+    """A state whose network moves: heads of a fresh one give nearly nothing."""
+    fresh = state.initial(module(), transformation(), 0)
+    loud = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 3e3 if path[0].key.startswith("head") else x, fresh.params
+    )
+    return jax.device_put(fresh.replace(params=loud), parallel.replicated(mesh()))
+
+
+@functools.cache
+def compiled(**options: Any) -> Any:
+    """The step's program for the whole batch: the compiler runs once for each set of options."""
+    step = state.step_function(module(), transformation(), LOSS, bidirectional=True, mesh=mesh(), **options)
+    return step.lower(start(), batch()).compile()
+
+
+@functools.cache
+def advanced(**options: Any) -> tuple[Any, dict[str, float]]:
+    now, measured = compiled(**options)(start(), batch())
+    return jax.device_get(now), {name: float(value) for name, value in measured.items()}
+
+
+def close(found: Any, expected: Any, tolerance: float) -> None:
+    for name, one, other in zip(
+        (jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected)),
+        jax.tree.leaves(found),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * max(np.abs(other).max(), 1e-6), err_msg=name)
+
+
+# --- remat and accumulation: the same numbers ---
+
+
+@pytest.mark.parametrize("options", [{"remat": True}, {"accumulate": 2}], ids=str)
+def test_a_step_does_not_depend_on_how_it_is_cut(options: dict[str, Any]) -> None:
+    """Adam's first moment is the gradient, clipped: it shows what a bias-corrected step, about ±1, would hide."""
+    (now, measured), (expected, reference) = advanced(**options), advanced()
+    close(now.opt_state[1][0].mu, expected.opt_state[1][0].mu, 2e-4)
+    assert now.step == expected.step == 1
+    assert measured.keys() == reference.keys()
+    for name, value in reference.items():
+        assert measured[name] == pytest.approx(value, rel=1e-4), name
+    assert reference["gradient_norm"] > 1e-3
+
+
+def test_parts_of_a_batch_stay_on_their_devices() -> None:
+    """Each device takes its share of each part from its share of the batch: gradients alone are exchanged."""
+    moving = ("all-gather", "all-to-all", "collective-permute")
+    programs = [compiled(**options).as_text() for options in ({}, {"accumulate": 2})]
+    assert all("all-reduce" in text for text in programs)
+    assert [name for name in moving for text in programs if name in text] == []
+
+
+def test_remat_saves_memory() -> None:
+    kept, anew = (compiled(**options).memory_analysis().temp_size_in_bytes for options in ({}, {"remat": True}))
+    assert anew <= 0.6 * kept
+
+
+def test_accumulation_saves_memory() -> None:
+    whole, parts = (compiled(**options).memory_analysis().temp_size_in_bytes for options in ({}, {"accumulate": 2}))
+    assert parts <= 0.7 * whole
+
+
+@pytest.mark.parametrize("name", ["dilformer", "voxelmorph"])
+def test_remat_names_the_same_parameters(name: str) -> None:
+    options = (
+        OPTIONS | {"recursions": 2, "dilformer": "fused"} if name == "dilformer" else {"down": (4, 4), "up": (4, 4)}
+    )
+    network = models.create(name, **options)
+    image = jax.ShapeDtypeStruct((1, *SIZE, 1), jnp.float32)
+    params = jax.eval_shape(network.init, jax.random.key(0), image, image)
+    gradient = jax.grad(lambda params: network.apply(params, image_of(1), image_of(2), remat=True)[0].sum())
+    found = jax.eval_shape(gradient, params)
+    assert jax.tree.map(lambda x: x.shape, found) == jax.tree.map(lambda x: x.shape, params)
+
+
+def image_of(seed: int) -> jax.Array:
+    return jnp.asarray(brains()[0][seed : seed + 1])
+
+
+# --- donation, and one program for the whole run ---
+
+
+def test_the_state_is_updated_in_place() -> None:
+    now = start()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(now))
+    assert compiled().memory_analysis().alias_size_in_bytes == size
+    compiled()(now, batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(now))
+
+
+def test_a_run_traces_its_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of `train`, before and after a restart: restored numbers have the types and places of fresh ones."""
+    traces = []
+    multi_resolution = state.losses.multi_resolution
+
+    def counted(*arguments, **options):
+        traces.append(None)
+        return multi_resolution(*arguments, **options)
+
+    monkeypatch.setattr(state.losses, "multi_resolution", counted)
+    replicated = parallel.replicated(mesh())
+    step = state.step_function(module(), transformation(), LOSS, bidirectional=True, mesh=mesh())
+    now = jax.device_put(state.initial(module(), transformation(), 0), replicated)
+    for _ in range(2):
+        now, _ = step(now, batch())
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, now)
+        checkpoints.wait()
+        now = checkpoints.restore(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), now)
+        )
+    for _ in range(2):
+        now, _ = step(now, batch())
+    assert int(now.step) == 4
+    assert len(traces) == step._cache_size() == 1
+
+
+# --- bfloat16 ---
+
+
+def equations(jaxpr: core.Jaxpr):
+    """Every equation of a program, those of its parts included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if isinstance(inner, core.Jaxpr):
+                    yield from equations(inner)
+
+
+NETWORKS = {
+    "dilformer": OPTIONS,
+    "windows": OPTIONS | {"attention": "windows", "window": (2, 2, 2), "srf": False, "finest": 1},
+    "voxelmorph": {"down": (4, 4), "up": (4, 4), "final": (4,)},
+}
+
+
+def network(name: str) -> Any:
+    return models.create("voxelmorph" if name == "voxelmorph" else "dilformer", dtype="bfloat16", **NETWORKS[name])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_computed_in_bfloat16(name: str) -> None:
+    """All convolutions but the heads', and all matrix products but those of the resizing, which are exact; no sum, no
+    norm and no softmax."""
+    image = jax.ShapeDtypeStruct((1, *SIZE, 1), jnp.float32)
+    params = jax.eval_shape(network(name).init, jax.random.key(0), image, image)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+    def gradients(params, fixed, moving):
+        displacements = network(name).apply(params, fixed, moving)
+        assert {u.dtype for u in displacements} == {jnp.dtype("float32")}
+        return displacements
+
+    found = list(equations(jax.make_jaxpr(gradients)(params, image, image).jaxpr))
+    types = lambda equation: {var.aval.dtype.name for var in equation.invars if var.aval.ndim > 1}
+    convolutions = [equation for equation in found if equation.primitive.name == "conv_general_dilated"]
+    heads = [equation for equation in convolutions if types(equation) == {"float32"}]
+    assert len(convolutions) > 2 * len(heads) > 0
+    assert all(types(equation) == {"bfloat16"} for equation in convolutions if equation not in heads)
+    assert {equation.outvars[0].aval.shape[-1] for equation in heads} <= {3, 9}  # 9: its three depths side by side
+    products = [equation for equation in found if equation.primitive.name == "dot_general"]
+    exact = [equation for equation in products if str(equation.params["precision"]).count("HIGHEST")]
+    assert all(types(equation) == {"float32"} for equation in exact)
+    rough = [equation for equation in products if equation not in exact]
+    assert rough or name == "voxelmorph"
+    assert {kind for equation in rough for kind in types(equation)} <= {"bfloat16"}
+    for kind in ("rsqrt", "exp", "reduce_sum", "floor", "gather"):
+        operands = {types(equation).pop() for equation in found if equation.primitive.name == kind and types(equation)}
+        assert operands <= {"float32", "int32"}, kind
+
+
+def test_bfloat16_registers_as_float32_does() -> None:
+    """Within a tenth of a voxel and 3 % of the displacement; gradients, float32, point the same way."""
+    params = jax.device_get(start().params)
+    fixed, moving = (jnp.asarray(images[:1]) for images in brains())
+
+    def program(dtype):
+        def mean(params):
+            displacements = module(dtype).apply({"params": params}, fixed, moving)
+            return state.losses.multi_resolution(fixed, moving, displacements, **LOSS)[0], displacements
+
+        return jax.device_get(jax.jit(jax.grad(mean, has_aux=True))(params))
+
+    (rough, displacements), (exact, expected) = program("bfloat16"), program("float32")
+    for u, reference in zip(displacements, expected, strict=True):
+        assert u.dtype == np.float32
+        size = np.linalg.norm(reference, axis=-1)
+        assert size.max() > 0.3
+        error = np.linalg.norm(u - reference, axis=-1)
+        assert 0 < error.max() < 0.1 * size.max() and error.mean() < 0.03 * size.mean()
+    ours, theirs = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (rough, exact))
+    assert {leaf.dtype for leaf in jax.tree.leaves(rough)} == {np.dtype(np.float32)}
+    assert ours @ theirs > 0.99 * np.linalg.norm(ours) * np.linalg.norm(theirs)
