@@ -83,7 +83,8 @@ def _conv_backward(dilation, saved, gradient):
     def sliced(x, kernel, gradient):
         # To the input: the same convolution with the kernel flipped and its channels exchanged.
         flipped = jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
-        return _sliced(gradient, flipped, dilation=dilation), _kernel_gradient(x, gradient, kernel, dilation)
+        apart = [_residues(a, dilation, kernel.shape) for a in (x, gradient)]
+        return _sliced(gradient, flipped, dilation=dilation), _kernel_gradient(*apart, kernel)
 
     return lax.platform_dependent(*saved, gradient, cpu=sliced, default=native)
 
@@ -98,67 +99,142 @@ def _native(x, kernel, dilation):
     )
 
 
-def _plane_conv(x, kernel, dilation=1):
-    """A 2-D convolution of every depth slice: (b, d, h, w, c) with (kh, kw, c, o)."""
-    b, d, h, w, c = x.shape
-    padding = [(dilation * (size // 2),) * 2 for size in kernel.shape[:2]]
-    if dilation == 1 or kernel.shape[:2] == (1, 1):
-        y = lax.conv_general_dilated(x.reshape(b * d, h, w, c), kernel, (1, 1), padding, dimension_numbers=LAYOUT_2D)
-        return y.reshape(b, d, h, w, -1)
-    # XLA's dilated convolution is slow on the CPU: each residue class of rows and columns is a dense convolution of
-    # its own.
-    up = lambda n: -(-n // dilation) * dilation
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, up(h) - h), (0, up(w) - w), (0, 0)))
-    x = x.reshape(b, d, up(h) // dilation, dilation, up(w) // dilation, dilation, c)
-    x = jnp.moveaxis(x, (3, 5), (1, 2)).reshape(b * dilation**2, d, up(h) // dilation, up(w) // dilation, c)
-    y = _plane_conv(x, kernel).reshape(b, dilation, dilation, d, up(h) // dilation, up(w) // dilation, -1)
-    return jnp.moveaxis(y, (1, 2), (3, 5)).reshape(b, d, up(h), up(w), -1)[:, :, :h, :w]
-
-
 def _sliced(x, kernel, dilation):
-    """The CPU's form: 2-D convolutions of the depth slices, summed over the kernel's depth."""
+    """The CPU's form, by the kernel's shape: tiles for 3x3x3, else 2-D convolutions summed over the kernel's depth."""
+    form = _tiled if kernel.shape[:3] == (3, 3, 3) else _planes
+    return _joined(form(_residues(x, dilation, kernel.shape), kernel), x.shape, dilation, kernel.shape)
+
+
+def _residues(x, dilation, kernel_shape):
+    """The residue classes of the voxels along each dilated axis as volumes of their own, zero-padded to one size, in
+    the batch: a dilated convolution is a dense one of each, and XLA's own is slow on the CPU."""
+    steps = [dilation if size > 1 else 1 for size in kernel_shape[:3]]
+    if math.prod(steps) == 1:
+        return x
+    b, *volume, c = x.shape
+    inner = [-(-n // step) for n, step in zip(volume, steps, strict=True)]
+    x = jnp.pad(x, ((0, 0), *((0, n * step - old) for n, step, old in zip(inner, steps, volume, strict=True)), (0, 0)))
+    x = x.reshape(b, inner[0], steps[0], inner[1], steps[1], inner[2], steps[2], c)
+    return jnp.moveaxis(x, (2, 4, 6), (1, 2, 3)).reshape(-1, *inner, c)
+
+
+def _joined(y, shape, dilation, kernel_shape):
+    """The volumes of `_residues` put together again, for a volume of `shape`."""
+    steps = [dilation if size > 1 else 1 for size in kernel_shape[:3]]
+    if math.prod(steps) == 1:
+        return y
+    _, *inner, o = y.shape
+    y = jnp.moveaxis(y.reshape(shape[0], *steps, *inner, o), (1, 2, 3), (2, 4, 6))
+    y = y.reshape(shape[0], *(n * step for n, step in zip(inner, steps, strict=True)), o)
+    return y[:, : shape[1], : shape[2], : shape[3]]
+
+
+def _planes(x, kernel):
     kd, kh, kw, c, o = kernel.shape
-    d, reach = x.shape[1], dilation * (kd // 2)
-    if kd == 1:
-        return _plane_conv(x, kernel[0], dilation)
-    along_depth = lambda a, i: lax.slice_in_dim(a, i * dilation, i * dilation + d, axis=1)
-    margin = ((0, 0), (reach, reach), (0, 0), (0, 0), (0, 0))
-    if kh == kw == 1:
-        x = jnp.pad(x, margin)
-        return sum(along_depth(x, i) @ kernel[i, 0, 0] for i in range(kd))
-    # One convolution with the depth kernels side by side, then the sum of its outputs, shifted in depth.
+    b, d, h, w, _ = x.shape
+    if kd > 1 and kh == kw == 1:
+        # Along the depth alone: a 2-D convolution over depth and all the rest.
+        return _planes(x.reshape(b, 1, d, h * w, c), kernel.reshape(1, kd, 1, c, o)).reshape(b, d, h, w, o)
+    # One convolution of all depth slices with the depth kernels side by side, then the sum of its outputs, shifted in
+    # depth.
     beside = jnp.moveaxis(kernel, 0, 3).reshape(kh, kw, c, kd * o)
-    y = jnp.pad(_plane_conv(x, beside, dilation), margin)
-    return sum(along_depth(y, i)[..., i * o : (i + 1) * o] for i in range(kd))
+    y = lax.conv_general_dilated(
+        x.reshape(b * d, h, w, c), beside, (1, 1), [(kh // 2,) * 2, (kw // 2,) * 2], dimension_numbers=LAYOUT_2D
+    ).reshape(b, d, h, w, kd * o)
+    if kd == 1:
+        return y
+    y = jnp.pad(y, ((0, 0), (kd // 2, kd // 2), (0, 0), (0, 0), (0, 0)))
+    return sum(lax.slice_in_dim(y, i, i + d, axis=1)[..., i * o : (i + 1) * o] for i in range(kd))
 
 
-def _kernel_gradient(x, gradient, kernel, dilation):
+# Winograd's F(2, 3): two neighbouring results of a 3-tap convolution from four products instead of six (Lavin and Gray
+# 2016, arXiv:1509.09308). The kernel's transform; those of the input and of the result are additions, written out.
+KERNEL_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def _tiled(x, kernel):
+    """A 3x3x3 convolution by Winograd's F(2, 3) over depth and height, two slabs of the result at a time.
+
+    The three taps along the width are side by side in the matrix products, and where the channels are few, several
+    neighbouring voxels along the width as well (the kernel then is a band), for a product wants 32 columns.
+    """
+    b, d, h, w, _ = x.shape
+    *_, c, o = kernel.shape
+    group = max(1, 32 // o)
+    cells, pairs, rows = -(-w // group), -(-d // 2), -(-h // 2)
+    band = jnp.array([[[i == j + t for t in range(3)] for j in range(group)] for i in range(group + 2)], jnp.float32)
+    transform = jnp.array(KERNEL_TRANSFORM)
+    weights = jnp.einsum("pd,qh,ijw,dhwco->pqicjo", transform, transform, band, kernel.astype(jnp.float32))
+    weights = weights.reshape(4, 4, (group + 2) * c, group * o)
+    # Cells of `group` voxels along the width; the last ones only complete the windows of those before.
+    beyond = cells + -(-2 // group)
+    margins = ((1, 2 * pairs - d + 1), (1, 2 * rows - h + 1), (1, group * beyond - w - 1))
+    x = jnp.pad(x, ((0, 0), *margins, (0, 0))).reshape(b, 2 * pairs + 2, 2 * rows + 2, beyond, group * c)
+
+    def add_slabs(index, y):
+        slabs = lax.dynamic_slice_in_dim(x, 2 * index, 4, axis=1).astype(jnp.float32)
+        reach = [slabs[..., i : i + cells, : min(group, group + 2 - i * group) * c] for i in range(beyond - cells + 1)]
+        windows = jnp.concatenate(reach, axis=-1).reshape(b, 4, rows + 1, 2, cells, -1)
+        even, odd = windows[:, :, :, 0], windows[:, :, :, 1]
+        lines = _input_transform(even[:, :, :-1], odd[:, :, :-1], even[:, :, 1:], odd[:, :, 1:])
+        tiles = zip(*(_input_transform(*(line[:, i] for i in range(4))) for line in lines), strict=True)
+        products = [
+            _result_transform(*((tile.reshape(-1, tile.shape[-1]) @ weights[p, q]) for q, tile in enumerate(row)))
+            for p, row in enumerate(tiles)
+        ]
+        # Results 2i and 2i+1 along the height, each for slabs 2i and 2i+1.
+        upper, lower = (_result_transform(*line) for line in zip(*products, strict=True))
+        shape = (b, rows, 1, cells * group, o)
+        joined = [jnp.concatenate([u.reshape(shape), l.reshape(shape)], axis=2) for u, l in zip(upper, lower, strict=True)]
+        slabs = jnp.stack(joined, axis=1).reshape(b, 2, 2 * rows, cells * group, o)[:, :, :h, :w]
+        return lax.dynamic_update_slice_in_dim(y, slabs.astype(y.dtype), 2 * index, axis=1)
+
+    dtype = jnp.result_type(x, kernel)
+    return lax.fori_loop(0, pairs, add_slabs, jnp.zeros((b, 2 * pairs, h, w, o), dtype))[:, :d]
+
+
+def _input_transform(a, b, c, d):
+    return a - c, b + c, c - b, b - d
+
+
+def _result_transform(a, b, c, d):
+    return a + b + c, b - c - d
+
+
+def _kernel_gradient(x, gradient, kernel):
+    """Slab by slab, so that no copy of the volume is made for each of the kernel's voxels: matrix products between the
+    windows of the slab and the gradients of the slabs that it reaches in depth."""
     kd, kh, kw, c, o = kernel.shape
     d, h, w = x.shape[1:4]
-    if kd == 1:
-        return jax.vjp(functools.partial(_plane_conv, x, dilation=dilation), kernel[0])[1](gradient)[0][None]
-    deep, high, wide = (dilation * (size // 2) for size in (kd, kh, kw))
-    if kh == kw == 1:
-        x = jnp.pad(x, ((0, 0), (deep, deep), (0, 0), (0, 0), (0, 0)))
-        offsets = (lax.slice_in_dim(x, i * dilation, i * dilation + d, axis=1) for i in range(kd))
-        return jnp.stack([jnp.einsum("bdhwc,bdhwo->co", offset, gradient) for offset in offsets])[:, None, None]
-    # Slab by slab, so that no copy of the volume is made for each of the kernel's voxels: a matrix product for each row
-    # of the kernel, between its shifts in width of the slab and the gradients of the slabs that it reaches in depth.
-    x = jnp.pad(x, ((0, 0), (0, 0), (high, high), (wide, wide), (0, 0)))
-    gradient = jnp.pad(gradient, ((0, 0), (deep, deep), (0, 0), (0, 0), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
+    gradient = jnp.pad(gradient, ((0, 0), (kd // 2, kd // 2), (0, 0), (0, 0), (0, 0)))
+    # A dense kernel's shifts in width are side by side, and so are its slabs: few and large products.
+    dense = kd > 1 and kw > 1
+    beside = lambda arrays: [jnp.concatenate(arrays, axis=-1)] if dense else arrays
 
-    def add_slab(total, index):
+    def add_slab(index, total):
         slab = lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
-        reached = lax.dynamic_slice_in_dim(gradient, index, 2 * deep + 1, axis=1)
-        reached = jnp.concatenate([reached[:, 2 * deep - i * dilation] for i in range(kd)], axis=-1)
-        shifted = jnp.concatenate([slab[:, :, k * dilation : k * dilation + w] for k in range(kw)], axis=-1)
-        rows = [shifted[:, j * dilation : j * dilation + h].reshape(-1, kw * c) for j in range(kh)]
-        return total + jnp.stack([row.T @ reached.reshape(-1, kd * o) for row in rows]), None
+        reached = lax.dynamic_slice_in_dim(gradient, index, kd, axis=1)
+        reached = beside([reached[:, kd - 1 - i] for i in range(kd)])
+        shifted = beside([slab[:, :, k : k + w] for k in range(kw)])
+        flat = lambda a: a.reshape(-1, a.shape[-1])
+        # Summed in float32 at least, however coarse the numbers are.
+        products = [
+            jnp.matmul(flat(s[:, j : j + h]).T, flat(r), preferred_element_type=dtype)
+            for j in range(kh)
+            for s in shifted
+            for r in reached
+        ]
+        return [t + product for t, product in zip(total, products, strict=True)]
 
-    # Summed in float32 at least, however coarse the numbers are.
-    zeros = jnp.zeros((kh, kw * c, kd * o), jnp.promote_types(kernel.dtype, jnp.float32))
-    total, _ = lax.scan(add_slab, zeros, jnp.arange(d))
-    return jnp.moveaxis(total.reshape(kh, kw, c, kd, o), 3, 0).astype(kernel.dtype)
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    if dense:
+        zeros = [jnp.zeros((kw * c, kd * o), dtype)] * kh
+        total = jnp.stack(lax.fori_loop(0, d, add_slab, zeros)).reshape(kh, kw, c, kd, o)
+        return jnp.moveaxis(total, 3, 0).astype(kernel.dtype)
+    zeros = [jnp.zeros((c, o), dtype)] * (kh * kw * kd)
+    total = jnp.stack(lax.fori_loop(0, d, add_slab, zeros)).reshape(kh, kw, kd, c, o)
+    return jnp.moveaxis(total, 2, 0).astype(kernel.dtype)
 
 
 # --- stride 2 ---
