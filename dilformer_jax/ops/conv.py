@@ -254,21 +254,78 @@ def _halving_conv(x, kernel):
         padding = {2: (0, 0), 3: (1, 0), 4: (1, 1)}[size]
         return lax.conv_general_dilated(x, kernel, (2, 2, 2), (padding,) * 3, dimension_numbers=LAYOUT_3D)
 
-    # The two forms differentiate through one rule each; the packed form is stride-free, so its gradients are fast as
-    # well.
+    # Each form has a gradient rule of its own; the packed one is stride-free and differentiates into fast forms.
+    form = _strided if kernel.shape[0] == 3 else _packed
+
     @jax.custom_vjp
     def halving(x, kernel):
-        return lax.platform_dependent(x, kernel, cpu=_packed, default=native)
+        return lax.platform_dependent(x, kernel, cpu=form, default=native)
 
     def forward(x, kernel):
         return halving(x, kernel), (x, kernel)
 
     def backward(saved, gradient):
         rule = lambda form: lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient)
-        return lax.platform_dependent(*saved, gradient, cpu=rule(_packed), default=rule(native))
+        own = _strided_gradients if form is _strided else rule(_packed)
+        return lax.platform_dependent(*saved, gradient, cpu=own, default=rule(native))
 
     halving.defvjp(forward, backward)
     return halving(x, kernel)
+
+
+def _strided(x, kernel):
+    """3x3x3 by 2-D convolutions of stride 2: the even slabs by the middle of the kernel, the odd ones, which two slabs
+    of the result see, by its two ends side by side."""
+    b, d, h, w, c = x.shape
+    o = kernel.shape[-1]
+    x = x.reshape(b, d // 2, 2, h, w, c)
+
+    def planes(slabs, kernel):
+        slabs = slabs.reshape(-1, h, w, c)
+        y = lax.conv_general_dilated(slabs, kernel, (2, 2), [(1, 0), (1, 0)], dimension_numbers=LAYOUT_2D)
+        return y.reshape(b, d // 2, h // 2, w // 2, -1)
+
+    odd = planes(x[:, :, 1], jnp.concatenate([kernel[2], kernel[0]], axis=-1))
+    before = jnp.pad(odd[:, :-1, ..., o:], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
+    return planes(x[:, :, 0], kernel[1]) + odd[..., :o] + before
+
+
+def _strided_gradients(x, kernel, gradient):
+    return _strided_input_gradient(gradient, kernel), _strided_kernel_gradient(x, gradient, kernel)
+
+
+def _strided_input_gradient(gradient, kernel):
+    """Voxel 2i takes the middle tap times gradient i, voxel 2i+1 the last tap times gradient i and the first times
+    gradient i+1: along height and width a 2x2 convolution to the four parities, along the depth a sum."""
+    b, d, h, w, o = gradient.shape
+    c = kernel.shape[3]
+    taps = jnp.array([[[0, 1, 0], [0, 0, 1]], [[0, 0, 0], [1, 0, 0]]], kernel.dtype)  # gradient i or i+1, parity, tap
+    weights = jnp.einsum("ipj,kql,tjlco->ikotpqc", taps, taps, kernel).reshape(2, 2, o, 12 * c)
+    y = lax.conv_general_dilated(
+        gradient.reshape(b * d, h, w, o), weights, (1, 1), [(0, 1), (0, 1)], dimension_numbers=LAYOUT_2D
+    ).reshape(b, d, h, w, 3, 2, 2 * c)
+    following = jnp.pad(y[:, 1:, :, :, 0], ((0, 0), (0, 1), *((0, 0),) * 4))
+    y = jnp.stack([y[:, :, :, :, 1], y[:, :, :, :, 2] + following], axis=2)
+    return jnp.moveaxis(y, 5, 4).reshape(b, 2 * d, 2 * h, 2 * w, c)
+
+
+def _strided_kernel_gradient(x, gradient, kernel):
+    """Slab by slab of the result, as `_kernel_gradient`."""
+    b, d, h, w, o = gradient.shape
+    c = x.shape[-1]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0))).reshape(b, 2 * d + 2, h + 1, 2, w + 1, 2 * c)
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+
+    def add_slab(index, total):
+        slabs = lax.dynamic_slice_in_dim(x, 2 * index, 3, axis=1)
+        windows = jnp.concatenate([slabs[..., :w, :], slabs[..., 1:, :c]], axis=-1)
+        seen = lax.dynamic_index_in_dim(gradient, index, axis=1, keepdims=False).reshape(-1, o)
+        rows = [rows for i in range(3) for rows in (windows[:, i, :h, 0], windows[:, i, :h, 1], windows[:, i, 1:, 0])]
+        products = (jnp.matmul(row.reshape(-1, 3 * c).T, seen, preferred_element_type=dtype) for row in rows)
+        return [t + product for t, product in zip(total, products, strict=True)]
+
+    total = lax.fori_loop(0, d, add_slab, [jnp.zeros((3 * c, o), dtype)] * 9)
+    return jnp.stack(total).reshape(3, 3, 3, c, o).astype(kernel.dtype)
 
 
 def _packed(x, kernel):
