@@ -213,36 +213,63 @@ def _kernel_gradient(x, gradient, kernel):
     """Slab by slab, so that no copy of the volume is made for each of the kernel's voxels: matrix products between the
     windows of the slab and the gradients of the slabs that it reaches in depth."""
     kd, kh, kw, c, o = kernel.shape
+    if kd == 3 and kh * kw > 1:
+        return _winograd_kernel_gradient(x, gradient, kernel)
     d, h, w = x.shape[1:4]
     x = jnp.pad(x, ((0, 0), (0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
     gradient = jnp.pad(gradient, ((0, 0), (kd // 2, kd // 2), (0, 0), (0, 0), (0, 0)))
-    # A dense kernel's shifts in width are side by side, and so are its slabs: few and large products.
-    dense = kd > 1 and kw > 1
-    beside = lambda arrays: [jnp.concatenate(arrays, axis=-1)] if dense else arrays
+    dtype = _sum_type(kernel)
 
     def add_slab(index, total):
         slab = lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
         reached = lax.dynamic_slice_in_dim(gradient, index, kd, axis=1)
-        reached = beside([reached[:, kd - 1 - i] for i in range(kd)])
-        shifted = beside([slab[:, :, k : k + w] for k in range(kw)])
-        flat = lambda a: a.reshape(-1, a.shape[-1])
-        # Summed in float32 at least, however coarse the numbers are.
-        products = [
-            jnp.matmul(flat(s[:, j : j + h]).T, flat(r), preferred_element_type=dtype)
-            for j in range(kh)
-            for s in shifted
-            for r in reached
-        ]
+        windows = [slab[:, j : j + h, k : k + w].reshape(-1, c) for j in range(kh) for k in range(kw)]
+        products = (
+            jnp.matmul(window.T, reached[:, kd - 1 - i].reshape(-1, o), preferred_element_type=dtype)
+            for i in range(kd)
+            for window in windows
+        )
         return [t + product for t, product in zip(total, products, strict=True)]
 
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    if dense:
-        zeros = [jnp.zeros((kw * c, kd * o), dtype)] * kh
-        total = jnp.stack(lax.fori_loop(0, d, add_slab, zeros)).reshape(kh, kw, c, kd, o)
-        return jnp.moveaxis(total, 3, 0).astype(kernel.dtype)
-    zeros = [jnp.zeros((c, o), dtype)] * (kh * kw * kd)
-    total = jnp.stack(lax.fori_loop(0, d, add_slab, zeros)).reshape(kh, kw, kd, c, o)
-    return jnp.moveaxis(total, 2, 0).astype(kernel.dtype)
+    total = lax.fori_loop(0, d, add_slab, [jnp.zeros((c, o), dtype)] * (kd * kh * kw))
+    return jnp.stack(total).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _winograd_kernel_gradient(x, gradient, kernel):
+    """The adjoint of `_winograd` to the kernel: four slabs of the gradient at a time, and for each of the six products
+    and each row of the kernel one matrix product with the row's shifts in width side by side."""
+    _, kh, kw, c, o = kernel.shape
+    b, d, h, w, _ = x.shape
+    quads = -(-d // 4)
+    margins = ((1, 4 * quads - d + 3), (kh // 2, kh // 2), (kw // 2, kw // 2))
+    x = jnp.pad(x, ((0, 0), *margins, (0, 0))).reshape(b, quads + 1, 4, h + kh - 1, w + kw - 1, c)
+    gradient = jnp.pad(gradient, ((0, 0), (0, 4 * quads - d), (0, 0), (0, 0), (0, 0)))
+    gradient = gradient.reshape(b, quads, 4, h, w, o)
+
+    def add_quad(index, total):
+        seen = lax.dynamic_index_in_dim(gradient, index, axis=1, keepdims=False).astype(jnp.float32)
+        seen = (each.reshape(-1, o) for each in _result_transform_adjoint(seen))
+        products = []
+        for volume, each in zip(_input_transform(lax.dynamic_slice_in_dim(x, index, 2, axis=1)), seen, strict=True):
+            wide = jnp.concatenate([volume[:, 0, :, k : k + w] for k in range(kw)], axis=-1)
+            products += [each.T @ wide[:, j : j + h].reshape(-1, kw * c) for j in range(kh)]
+        return [t + product for t, product in zip(total, products, strict=True)]
+
+    total = jnp.stack(lax.fori_loop(0, quads, add_quad, [jnp.zeros((o, kw * c), jnp.float32)] * (6 * kh)))
+    total = total.reshape(6, kh, o, kw, c)
+    return jnp.einsum("pd,phowc->dhwco", jnp.array(KERNEL_TRANSFORM), total).astype(kernel.dtype)
+
+
+def _result_transform_adjoint(y):
+    """(b, 4, h, w, o) to six of (b, h, w, o)."""
+    y0, y1, y2, y3 = (y[:, i] for i in range(4))
+    even, odd, far_even, far_odd = y0 + y2, y1 + y3, y0 + 4 * y2, 2 * (y1 + 4 * y3)
+    return y0, even + odd, even - odd, far_even + far_odd, far_even - far_odd, y3
+
+
+def _sum_type(kernel):
+    """Kernel gradients are summed in float32 at least, however coarse the numbers are."""
+    return jnp.promote_types(kernel.dtype, jnp.float32)
 
 
 # --- stride 2 ---
@@ -314,7 +341,7 @@ def _strided_kernel_gradient(x, gradient, kernel):
     b, d, h, w, o = gradient.shape
     c = x.shape[-1]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0))).reshape(b, 2 * d + 2, h + 1, 2, w + 1, 2 * c)
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    dtype = _sum_type(kernel)
 
     def add_slab(index, total):
         slabs = lax.dynamic_slice_in_dim(x, 2 * index, 3, axis=1)
