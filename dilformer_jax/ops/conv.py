@@ -83,8 +83,9 @@ def _conv_backward(dilation, saved, gradient):
     def sliced(x, kernel, gradient):
         # To the input: the same convolution with the kernel flipped and its channels exchanged.
         flipped = jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
-        apart = [_residues(a, dilation, kernel.shape) for a in (x, gradient)]
-        return _sliced(gradient, flipped, dilation=dilation), _kernel_gradient(*apart, kernel)
+        apart = functools.partial(_residues, dilation=dilation, kernel_shape=kernel.shape)
+        to_kernel = _kernel_gradient(apart(x), apart(gradient), kernel)
+        return _sliced(gradient, flipped, dilation=dilation), to_kernel
 
     return lax.platform_dependent(*saved, gradient, cpu=sliced, default=native)
 
