@@ -69,6 +69,17 @@ def pointwise(inputs: Sequence[Float[Array, "b d h w _"]], kernel: Float[Array, 
     return _pointwise(tuple(inputs), kernel)
 
 
+def room(shape: tuple[int, ...], dtype: jnp.dtype, after: Float[Array, "..."]) -> Array:
+    """Zeros for a loop to write its result into, made when `after` exists.
+
+    XLA schedules constants first, so that plain zeros take their memory from the program's beginning on. The count of a
+    number's bits is never negative, which the compiler does not know: it cannot tell that this is a constant.
+    """
+    (first,) = after[tuple(slice(0, 1) for _ in after.shape)].astype(jnp.float32).ravel()
+    zero = jnp.minimum(lax.population_count(lax.bitcast_convert_type(first, jnp.int32)), 0)
+    return jnp.broadcast_to(zero.astype(dtype), shape)
+
+
 # --- 1³ ---
 
 
@@ -112,8 +123,13 @@ def _by_planes(*operands):
     *inputs, kernel = operands
     b, d, h, w, _ = inputs[0].shape
     planes = tuple(x.reshape(b * d, h, w, -1) for x in inputs)
-    y = lax.map(lambda plane: jnp.concatenate(plane, axis=-1) @ kernel, planes)
-    return y.reshape(b, d, h, w, -1)
+
+    def add_plane(index, y):
+        plane = jnp.concatenate([lax.dynamic_index_in_dim(x, index, keepdims=False) for x in planes], axis=-1)
+        return lax.dynamic_update_index_in_dim(y, plane @ kernel, index, 0)
+
+    y = room((b * d, h, w, kernel.shape[-1]), jnp.result_type(inputs[0], kernel), inputs[-1])
+    return lax.fori_loop(0, b * d, add_plane, y).reshape(b, d, h, w, -1)
 
 
 # --- stride 1 ---
@@ -496,4 +512,4 @@ def _shifted(x, kernel, dilation):
     slowly."""
     window = _tap_windows(x, kernel.shape, dilation)
     weights = kernel.reshape(-1, kernel.shape[-1])
-    return lax.fori_loop(0, len(weights), lambda tap, y: y + window(tap) * weights[tap], jnp.zeros_like(x))
+    return lax.fori_loop(0, len(weights), lambda tap, y: y + window(tap) * weights[tap], room(x.shape, x.dtype, x))
