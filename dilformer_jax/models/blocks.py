@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from dilformer_jax.ops import conv as convolution
 from dilformer_jax.ops import slabs, spatial
+from dilformer_jax.ops.conv_cpu import room
 
 Features = Float[Array, "b d h w c"]
 Widened = Float[Array, "b d h w o"]
@@ -254,7 +255,7 @@ def _likeness(fixed, padded):
     # the channels several times faster than XLA's own reduction on the CPU.
     ones = jnp.full((fixed.shape[-1], 1), 1 / fixed.shape[-1], fixed.dtype)
     alike = lambda n: jnp.matmul(fixed * _window(padded, fixed, n), ones, precision=jax.lax.Precision.HIGHEST)
-    maps = convolution.room((27, *fixed.shape[:-1]), fixed.dtype, padded)
+    maps = room((27, *fixed.shape[:-1]), fixed.dtype, padded)
     add = lambda n, maps: jax.lax.dynamic_update_index_in_dim(maps, alike(n)[..., 0], n, 0)
     return jnp.moveaxis(jax.lax.fori_loop(0, 27, add, maps), 0, -1)
 
@@ -282,7 +283,7 @@ def _likeness_backward(saved, gradient):
         return to_fixed + gradient[n] * _window(padded, fixed, n), to_padded
 
     # Rolled, the sums stay where they are; derived, the gradient keeps all 27 windows.
-    return jax.lax.fori_loop(0, 27, add, tuple(convolution.room(x.shape, x.dtype, gradient) for x in (fixed, padded)))
+    return jax.lax.fori_loop(0, 27, add, tuple(room(x.shape, x.dtype, gradient) for x in (fixed, padded)))
 
 
 _likeness.defvjp(_likeness_forward, _likeness_backward)
