@@ -29,6 +29,7 @@ import cases
 import jax
 import jax.numpy as jnp
 import peers
+import training_cases
 from cases import Case, Row, Run
 
 # --- Timing ---
@@ -46,6 +47,8 @@ def measure(runs: dict[str, Run], rounds: int, budget: float) -> dict[str, list[
             start = time.perf_counter()
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)
+            # PyTorch's threads spin on for a while after their work, and would slow whoever comes next.
+            time.sleep(0.02)
         if time.perf_counter() - begin > budget:
             break
     return {name: times[1:] or times for name, times in seconds.items()}
@@ -167,6 +170,9 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Case | Row]]] = {
     "inference": cases.inferences,
     "memory": cases.memories,
     "step": cases.steps,
+    "remat": training_cases.remats,
+    "data": training_cases.feeds,
+    "startup": training_cases.starts,
     "hardware": hardware,
     "forms": cases.forms,
 }
@@ -185,6 +191,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes and networks: shows that it runs, not speed")
     for name in peers.NETWORKS:
         parser.add_argument(f"--{name}", type=Path, metavar="CLONE", help="the official repository, cloned")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="LPBA40, if it is not where lpba40_cpu.py has it")
     parser.add_argument("--table", type=Path, nargs="+", metavar="LINES", help="the Markdown table of earlier runs")
     arguments = parser.parse_args()
     if arguments.table:

@@ -33,13 +33,13 @@ def lines(*command: str) -> list[dict[str, Any]]:
 
 
 def test_benchmark_without_torch_measures_this_package_alone(tmp_path: Path) -> None:
-    sections = "conv", "warp", "lncc", "integration", "inference", "memory", "step"
+    sections = "conv", "warp", "lncc", "integration", "inference", "startup"
     found = lines("-c", WITHOUT_TORCH, str(EXPERIMENTS), "--quick", "--rounds", "1", "--only", *sections)
     assert found[0]["torch"] is None
     rows = found[1:]
     assert {row["section"] for row in rows} == set(sections)
     assert all(set(row) >= KEYS and row["ours"] > 0 for row in rows)
-    assert {row["peer"] for row in rows if row["theirs"] is not None} == {"XLA, ones", "4 steps"}
+    assert {row["peer"] for row in rows if row["theirs"] is not None} == {"XLA, ones", "4 steps", "allowed"}
     path = tmp_path / "lines"
     path.write_text("\n".join(map(json.dumps, found)))
     done = subprocess.run(
