@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from scipy import ndimage, signal  # type: ignore[import-untyped]
 
-from dilformer_jax.ops import conv
+from dilformer_jax.ops import conv, conv_cpu
 
 BATCH, CHANNELS, OUTPUTS = 2, 2, 3
 # Kernel, dilation, volume: dense, dilated and axis-wise; odd, even and anisotropic volumes, some thinner than the
@@ -255,6 +255,46 @@ def test_each_platform_is_lowered_to_its_form():
         assert convolutions(traced, "cpu", "0, 1, 2") == 0 < convolutions(traced, "cpu", "0, 1")
         for platform in ("cuda", "tpu"):
             assert convolutions(traced, platform, "0, 1, 2") >= count
+
+
+@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+def test_pointwise_is_a_product_of_features_beside_each_other(form, request):
+    if form == "accelerator":
+        request.getfixturevalue("as_accelerator")
+    first, second = numbers(2, 3, 2, 4, 3), numbers(2, 3, 2, 4, 2, seed=1)
+    kernel, cotangent = numbers(5, 4, seed=2), numbers(2, 3, 2, 4, 4, seed=3)
+    given = [jnp.asarray(x, jnp.float32) for x in (first, second, kernel, cotangent)]
+
+    @jax.jit
+    def both(first, second, kernel, cotangent):
+        value, pull = jax.vjp(lambda *x: conv.pointwise(x[:2], x[2]), first, second, kernel)
+        return value, *pull(cotangent)
+
+    value, *gradients = map(np.asarray, both(*given))
+    np.testing.assert_allclose(value, np.concatenate([first, second], axis=-1) @ kernel, rtol=1e-5, atol=1e-5)
+    to_first, to_second = np.split(cotangent @ kernel.T, [3], axis=-1)
+    beside = np.concatenate([first, second], axis=-1).reshape(-1, 5)
+    for ours, theirs in zip(gradients, (to_first, to_second, beside.T @ cotangent.reshape(-1, 4)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_volume_is_convolved_a_part_at_a_time(monkeypatch):
+    """Three steps of the loop over the depth, the last of which ends beyond the volume."""
+    kernel, volume = (3, 3, 3), (11, 4, 3)
+    operands = dense_operands(kernel, volume)
+    monkeypatch.setattr(conv_cpu, "STEP", 4 * BATCH * 4 * 3 * CHANNELS)
+    assert_answers(answers(conv.conv, *operands), by_taps(*operands))
+
+
+def test_coarse_numbers_are_convolved_as_themselves():
+    """bfloat16 in and out; a kernel's gradient, a sum over the volume, is as good as its last rounding."""
+    operands = dense_operands((3, 3, 3), (6, 5, 4))
+    coarse = [jnp.asarray(operand, jnp.bfloat16) for operand in operands]
+    value, pull = jax.vjp(conv.conv, *coarse[:2])
+    found = value, *pull(coarse[2])
+    assert {x.dtype for x in found} == {jnp.dtype("bfloat16")}
+    for ours, theirs in zip(found, by_taps(*(np.asarray(x, np.float64) for x in coarse)), strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=0, atol=0.02 * np.abs(theirs).max())
 
 
 def test_conv_refuses_what_it_cannot_centre(unchecked):

@@ -1,6 +1,7 @@
 """The networks: sizes, a fresh network's identity, both directions at once, shared weights, no dead parameter."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -186,6 +187,19 @@ def test_no_parameter_is_dead(name: str) -> None:
     whole = max(largest.values())
     assert np.isfinite(whole)
     assert {path: value for path, value in largest.items() if not value > 1e-5 * whole} == {}
+
+
+def test_correlation_has_the_gradient_of_its_definition() -> None:
+    def by_definition(fixed, moved):
+        padded = jnp.pad(moved, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)), mode="edge")
+        d, h, w = fixed.shape[1:4]
+        places = itertools.product(range(3), repeat=3)
+        return jnp.stack([(fixed * padded[:, i : i + d, j : j + h, k : k + w]).mean(-1) for i, j, k in places], -1)
+
+    fixed, moved, cotangent = (jax.random.normal(jax.random.key(n), (2, 3, 4, 2, c)) for n, c in enumerate((5, 5, 27)))
+    ours, theirs = (jax.vjp(f, fixed, moved)[1](cotangent) for f in (blocks.correlation, by_definition))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_correlation_is_the_mean_product_at_each_of_the_27_places() -> None:
