@@ -258,7 +258,7 @@ def test_diffeomorphic_levels_integrate_what_their_heads_give(monkeypatch: pytes
     [
         ("transmorph", {}, "There is no network 'transmorph'; there are dilformer, voxelmorph"),
         ("dilformer", {"widht": 4}, "The network dilformer has no option 'widht'; it has .*, width, window"),
-        ("voxelmorph", {"width": 4}, "The network voxelmorph has no option 'width'; it has down, final, up"),
+        ("voxelmorph", {"width": 4}, "The network voxelmorph has no option 'width'; it has down, dtype, final, up"),
         ("dilformer", {"parent": None}, "has no option 'parent'"),
     ],
 )

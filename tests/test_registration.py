@@ -581,7 +581,10 @@ def test_export_describes_the_run(tmp_path: Path, capsys, monkeypatch):
     told = capsys.readouterr().out
     loaded, description = bundle.load(tmp_path / "weights")
     np.testing.assert_array_equal(loaded["head"]["kernel"], params["head"]["kernel"])
-    assert description["network"] == {"name": "voxelmorph", "options": {"down": [2], "up": [2], "final": [32, 16, 16]}}
+    assert description["network"] == {
+        "name": "voxelmorph",
+        "options": {"down": [2], "up": [2], "final": [32, 16, 16], "dtype": "float32"},
+    }
     assert description["preprocessing"] == {"normalise": "max", "downsample": 2, "crop_to": None}
     assert description["grid"] == {
         "shape": [16, 18, 14],

@@ -56,13 +56,17 @@ def batch() -> dict[str, jax.Array]:
     return feeding.feeder(mesh())(dict(zip(("fixed", "moving"), brains(), strict=True)))
 
 
+@functools.cache
+def fresh() -> state.State:
+    return jax.device_get(state.initial(module(), transformation(), 0))
+
+
 def start() -> state.State:
     """A state whose network moves: heads of a fresh one give nearly nothing."""
-    fresh = state.initial(module(), transformation(), 0)
     loud = jax.tree_util.tree_map_with_path(
-        lambda path, x: x * 3e3 if path[0].key.startswith("head") else x, fresh.params
+        lambda path, x: x * 3e3 if path[0].key.startswith("head") else x, fresh().params
     )
-    return jax.device_put(fresh.replace(params=loud), parallel.replicated(mesh()))
+    return jax.device_put(fresh().replace(params=loud), parallel.replicated(mesh()))
 
 
 @functools.cache
@@ -91,10 +95,13 @@ def close(found: Any, expected: Any, tolerance: float) -> None:
 # --- remat and accumulation: the same numbers ---
 
 
-@pytest.mark.parametrize("options", [{"remat": True}, {"accumulate": 2}], ids=str)
-def test_a_step_does_not_depend_on_how_it_is_cut(options: dict[str, Any]) -> None:
+# Both at once, which is one compilation less.
+CUT = {"remat": True, "accumulate": 2}
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut() -> None:
     """Adam's first moment is the gradient, clipped: it shows what a bias-corrected step, about ±1, would hide."""
-    (now, measured), (expected, reference) = advanced(**options), advanced()
+    (now, measured), (expected, reference) = advanced(**CUT), advanced()
     close(now.opt_state[1][0].mu, expected.opt_state[1][0].mu, 2e-4)
     assert now.step == expected.step == 1
     assert measured.keys() == reference.keys()
@@ -106,19 +113,15 @@ def test_a_step_does_not_depend_on_how_it_is_cut(options: dict[str, Any]) -> Non
 def test_parts_of_a_batch_stay_on_their_devices() -> None:
     """Each device takes its share of each part from its share of the batch: gradients alone are exchanged."""
     moving = ("all-gather", "all-to-all", "collective-permute")
-    programs = [compiled(**options).as_text() for options in ({}, {"accumulate": 2})]
+    programs = [compiled(**options).as_text() for options in ({}, CUT)]
     assert all("all-reduce" in text for text in programs)
     assert [name for name in moving for text in programs if name in text] == []
 
 
-def test_remat_saves_memory() -> None:
-    kept, anew = (compiled(**options).memory_analysis().temp_size_in_bytes for options in ({}, {"remat": True}))
-    assert anew <= 0.6 * kept
-
-
-def test_accumulation_saves_memory() -> None:
-    whole, parts = (compiled(**options).memory_analysis().temp_size_in_bytes for options in ({}, {"accumulate": 2}))
-    assert parts <= 0.7 * whole
+def test_remat_and_accumulation_save_memory() -> None:
+    """Each about half, together about a quarter: either alone would not do."""
+    whole, cut = (compiled(**options).memory_analysis().temp_size_in_bytes for options in ({}, CUT))
+    assert cut <= 0.42 * whole
 
 
 @pytest.mark.parametrize("name", ["dilformer", "voxelmorph"])
@@ -161,7 +164,7 @@ def test_a_run_traces_its_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(state.losses, "multi_resolution", counted)
     replicated = parallel.replicated(mesh())
     step = state.step_function(module(), transformation(), LOSS, bidirectional=True, mesh=mesh())
-    now = jax.device_put(state.initial(module(), transformation(), 0), replicated)
+    now = jax.device_put(fresh(), replicated)
     for _ in range(2):
         now, _ = step(now, batch())
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -197,30 +200,35 @@ NETWORKS = {
 }
 
 
+DTYPES = ("bfloat16", "float32")
+
+
 def network(name: str) -> Any:
     return models.create("voxelmorph" if name == "voxelmorph" else "dilformer", dtype="bfloat16", **NETWORKS[name])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_computed_in_bfloat16(name: str) -> None:
+def test_what_is_computed_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All convolutions but the heads', and all matrix products but those of the resizing, which are exact; no sum, no
     norm and no softmax."""
     image = jax.ShapeDtypeStruct((1, *SIZE, 1), jnp.float32)
     params = jax.eval_shape(network(name).init, jax.random.key(0), image, image)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
-    def gradients(params, fixed, moving):
-        displacements = network(name).apply(params, fixed, moving)
-        assert {u.dtype for u in displacements} == {jnp.dtype("float32")}
-        return displacements
+    def displacements(params, fixed, moving):
+        found = network(name).apply(params, fixed, moving)
+        assert {u.dtype for u in found} == {jnp.dtype("float32")}
+        return found
 
-    found = list(equations(jax.make_jaxpr(gradients)(params, image, image).jaxpr))
+    # As accelerators have it; the CPU's convolutions of three depths compute in float32 what is bfloat16 around them.
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+    found = list(equations(jax.make_jaxpr(displacements)(params, image, image).jaxpr))
     types = lambda equation: {var.aval.dtype.name for var in equation.invars if var.aval.ndim > 1}
     convolutions = [equation for equation in found if equation.primitive.name == "conv_general_dilated"]
     heads = [equation for equation in convolutions if types(equation) == {"float32"}]
     assert len(convolutions) > 2 * len(heads) > 0
     assert all(types(equation) == {"bfloat16"} for equation in convolutions if equation not in heads)
-    assert {equation.outvars[0].aval.shape[-1] for equation in heads} <= {3, 9}  # 9: its three depths side by side
+    assert {equation.outvars[0].aval.shape[-1] for equation in heads} == {3}
     products = [equation for equation in found if equation.primitive.name == "dot_general"]
     exact = [equation for equation in products if str(equation.params["precision"]).count("HIGHEST")]
     assert all(types(equation) == {"float32"} for equation in exact)
@@ -233,24 +241,41 @@ def test_what_is_computed_in_bfloat16(name: str) -> None:
 
 
 def test_bfloat16_registers_as_float32_does() -> None:
-    """Within a tenth of a voxel and 3 % of the displacement; gradients, float32, point the same way."""
+    """Within a tenth of the largest displacement, and 3 % on average; with gradients in float32."""
     params = jax.device_get(start().params)
     fixed, moving = (jnp.asarray(images[:1]) for images in brains())
 
-    def program(dtype):
-        def mean(params):
-            displacements = module(dtype).apply({"params": params}, fixed, moving)
-            return state.losses.multi_resolution(fixed, moving, displacements, **LOSS)[0], displacements
+    def displacements(dtype, params):
+        return module(dtype).apply({"params": params}, fixed, moving)
 
-        return jax.device_get(jax.jit(jax.grad(mean, has_aux=True))(params))
-
-    (rough, displacements), (exact, expected) = program("bfloat16"), program("float32")
-    for u, reference in zip(displacements, expected, strict=True):
+    found, expected = (jax.device_get(jax.jit(displacements, static_argnums=0)(d, params)) for d in DTYPES)
+    for u, reference in zip(found, expected, strict=True):
         assert u.dtype == np.float32
         size = np.linalg.norm(reference, axis=-1)
         assert size.max() > 0.3
         error = np.linalg.norm(u - reference, axis=-1)
         assert 0 < error.max() < 0.1 * size.max() and error.mean() < 0.03 * size.mean()
-    ours, theirs = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (rough, exact))
-    assert {leaf.dtype for leaf in jax.tree.leaves(rough)} == {np.dtype(np.float32)}
-    assert ours @ theirs > 0.99 * np.linalg.norm(ours) * np.linalg.norm(theirs)
+    total = lambda params: sum(u.sum() for u in displacements("bfloat16", params))
+    gradients = jax.eval_shape(jax.grad(total), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype(np.float32)}
+
+
+# --- Every platform ---
+
+
+def test_a_step_and_an_inference_lower_for_every_platform() -> None:
+    """On a machine that has only a CPU; the step on volumes that are split, too."""
+    platforms = ("cpu", "cuda", "tpu")
+    two = parallel.mesh(2)
+    split = parallel.slabs(two, SIZE[0], module().downsampling)
+    step = state.step_function(module(), transformation(), LOSS, bidirectional=True, mesh=two, split=split)
+    image = jax.ShapeDtypeStruct((2, *SIZE, 1), jnp.float32, sharding=parallel.sharded(two))
+    exported = jax.export.export(step, platforms=platforms)(fresh(), {"fixed": image, "moving": image})
+    assert exported.platforms == platforms and exported.nr_devices == 4
+
+    predict = jax.jit(lambda params, fixed, moving: module().apply({"params": params}, fixed, moving))
+    pair = image_of(0), image_of(1)
+    exported = jax.export.export(predict, platforms=platforms)(fresh().params, *pair)
+    loud = jax.device_get(start().params)
+    for ours, theirs in zip(exported.call(loud, *pair), predict(loud, *pair), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

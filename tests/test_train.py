@@ -76,8 +76,10 @@ def test_one_and_four_devices_compute_the_same(devices: dict[int, Path]) -> None
     np.testing.assert_allclose(four, one, rtol=0, atol=1e-4)
     np.testing.assert_allclose(four[:2], one[:2], rtol=0, atol=1e-6)
     of_first, of_second = (logs.read(devices[count] / "metrics.jsonl")[1] for count in (1, 4))
-    for name in ("gradient_norm", "similarity", "regulariser"):
-        assert of_second[name] == pytest.approx(of_first[name], rel=1e-5)
+    for name in ("loss", "similarity", "regulariser"):
+        assert of_second[name] == pytest.approx(of_first[name], rel=1e-5, abs=1e-9)
+    # A fresh network's displacements are rounding, and a trilinear slope depends on which side of a voxel a point is.
+    assert of_second["gradient_norm"] == pytest.approx(of_first["gradient_norm"], rel=1e-3)
 
 
 VOXELMORPH, DILFORMER = "voxelmorph_lpba40_cpu", "lpba40_cpu"
