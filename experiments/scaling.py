@@ -82,7 +82,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         first = state.initial(module, transformation, 0) if params is None else None
         if first is not None:
-            params = jax.device_get(first.params)
+            # Copies, which no step that uses up its state can write into.
+            params = jax.tree.map(np.array, first.params)
             for head in (key for key in params if key.startswith("head")):
                 # Displacements of voxels, as a trained network's.
                 params[head]["Conv_0"]["kernel"] = params[head]["Conv_0"]["kernel"] * arguments.head
@@ -117,6 +118,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         row["loss"], row["largest_gradient"] = losses["one"], largest
         for name in "mesh", "rounded":
             row[f"{name}, loss difference"] = abs(losses[name] - losses["one"])
+            norms = [float(results[key][1]["gradient_norm"]) for key in (name, "one")]
+            row[f"{name}, gradient norm over one's"] = norms[0] / norms[1]
             apart = np.abs(gradients[name] - gradients["one"]).max()
             row[f"{name}, gradient difference of largest"] = float(apart / largest)
     return row
@@ -125,10 +128,12 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 def after(program: Any, now: Any, mesh: Any, feed: Any, images: Any) -> Any:
     """State and figures after the step, on the host."""
     import jax
+    import numpy as np
 
     from dilformer_jax.training import parallel
 
-    return jax.device_get(program(jax.device_put(now, parallel.replicated(mesh)), feed(images)))
+    now = jax.tree.map(np.array, now)
+    return jax.tree.map(np.array, program(jax.device_put(now, parallel.replicated(mesh)), feed(images)))
 
 
 def main() -> None:
