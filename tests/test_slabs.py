@@ -14,7 +14,7 @@ from jax import lax
 from dilformer_jax import models
 from dilformer_jax.models import blocks
 from dilformer_jax.ops import conv, losses, slabs, spatial
-from dilformer_jax.training import parallel, state
+from dilformer_jax.training import parallel, state, turns
 
 # Not to be divided among four devices: 22 planes, the last of four slabs of 6 being two thirds full; at the next level
 # 11 planes in slabs of 3, of which a reach of 4 or more is beyond the next neighbour.
@@ -99,6 +99,7 @@ def test_slabs_are_the_whole(program):
         out_specs=(place(outputs), (place(volumes), jax.P())),
         check_vma=False,
     )
+    @turns.in_turn
     def on_slabs(volumes, parameters, cotangents):
         with slabs.split(split):
             values, (to_volumes, to_parameters) = measured(volumes, parameters, cotangents)
