@@ -28,7 +28,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import cases
 import jax
 import jax.numpy as jnp
+import network_cases
 import peers
+import primitive_cases
 import training_cases
 from cases import Case, Row, Run
 
@@ -163,18 +165,18 @@ def figure(value: float | None) -> str:
 # --- The run ---
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Case | Row]]] = {
-    "conv": cases.convolutions,
-    "warp": cases.warps,
-    "lncc": cases.correlations,
-    "integration": cases.integrations,
-    "inference": cases.inferences,
-    "memory": cases.memories,
-    "step": cases.steps,
+    "conv": primitive_cases.convolutions,
+    "warp": primitive_cases.warps,
+    "lncc": primitive_cases.correlations,
+    "integration": primitive_cases.integrations,
+    "inference": network_cases.inferences,
+    "memory": network_cases.memories,
+    "step": network_cases.steps,
     "remat": training_cases.remats,
     "data": training_cases.feeds,
     "startup": training_cases.starts,
     "hardware": hardware,
-    "forms": cases.forms,
+    "forms": primitive_cases.forms,
 }
 # What says nothing about a CPU, unless asked for.
 ACCELERATOR = ("hardware", "forms")
@@ -182,7 +184,7 @@ ACCELERATOR = ("hardware", "forms")
 
 def main() -> None:
     if sys.argv[1:2] == ["--alone"]:
-        return cases.one_inference(*sys.argv[2:8])
+        return network_cases.one_inference(*sys.argv[2:8])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--rounds", type=int, default=7, help="of each case, at most (7)")

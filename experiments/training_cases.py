@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import CONFIGS, Case, Row, Run, by, random_parameters
+from cases import CONFIGS, Case, Row, Run, by
+from network_cases import random_parameters
 
 from dilformer_jax import models
 from dilformer_jax.data import pipeline, sources

@@ -30,8 +30,8 @@ def rematerialised(function: Callable, modules: Sequence[nn.Module], *arguments:
     """function(*modules, *arguments), and with `remat` only the arguments are kept for its gradient, for which it is
     computed anew. Every module and array that it depends on is given, so that parameters are named as without.
 
-    Not by `jax.checkpoint`, whose barriers XLA's CPU compiler drops: it then computes everything anew at once and saves
-    nothing. Here the arguments of the second computation hold the gradient that it waits for, times zero. (The branches
+    Not by `jax.checkpoint`, whose barriers are gone from what XLA compiles for the CPU: nothing then keeps the second
+    computation from being made along with the first. Here the arguments of the second computation hold the gradient that it waits for, times zero. (The branches
     of a conditional wait too, but convolutions are several times slower in them on the CPU.)
     """
     if not remat:
