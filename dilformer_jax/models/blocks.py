@@ -31,8 +31,9 @@ def rematerialised(function: Callable, modules: Sequence[nn.Module], *arguments:
     computed anew. Every module and array that it depends on is given, so that parameters are named as without.
 
     Not by `jax.checkpoint`, whose barriers are gone from what XLA compiles for the CPU: nothing then keeps the second
-    computation from being made along with the first. Here the arguments of the second computation hold the gradient that it waits for, times zero. (The branches
-    of a conditional wait too, but convolutions are several times slower in them on the CPU.)
+    computation from being made along with the first. Here the arguments of the second hold the gradient that it waits
+    for, times zero. (The branches of a conditional wait too, but convolutions are several times slower in them on the
+    CPU.)
     """
     if not remat:
         return function(*modules, *arguments)

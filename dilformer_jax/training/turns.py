@@ -1,20 +1,20 @@
 """Collectives one after the other, on devices that XLA simulates on the CPU.
 
 There a collective waits only until a loop with collectives of its own has begun, not until it has ended, and all bear
-the same number: devices that are not in the same loop at the same moment take each other's data for what they wait for.
-It shows as gradients that are wrong, once in a while. (XLA of jaxlib 0.10.2: its thunk executor has only 'scheduling'
-edges between collectives, and JAX numbers all of them 1.) Accelerators execute collectives in the program's order.
+one number: a device that is still in the loop and one that is beyond it take each other's data for what they wait for.
+Gradients were wrong by that, now and then. (jaxlib 0.10.2: XLA's thunk executor has 'scheduling' edges between
+collectives, JAX numbers all of them 1.) Accelerators execute collectives in the program's order.
 
 So here each collective takes an operand that is known only after the last one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxpr_as_fun, jaxprs_in_params
 from jaxtyping import Array, Int
 
 COLLECTIVES = ("all_gather", "all_to_all", "pmax", "pmin", "ppermute", "psum", "reduce_scatter")
@@ -26,6 +26,7 @@ CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
+LOOPS = {"scan": "jaxpr", "while": "body_jaxpr"}
 Turn = Int[Array, ""] | None
 
 
@@ -64,10 +65,10 @@ def _run(program: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any], tur
             if params["differentiated"]:
                 operands = lax.optimization_barrier(operands)
             results, turn = _run(params["jaxpr"], (), operands, turn)
-        elif name in (*COLLECTIVES, "scan", "while"):
-            if name == "scan":
-                body = jax.make_jaxpr(in_turn(jaxpr_as_fun(params["jaxpr"])))(*params["jaxpr"].in_avals)
-                step = step.replace(params=params | {"jaxpr": body})
+        elif name in COLLECTIVES or name in LOOPS:
+            if body := LOOPS.get(name):
+                inner = jax.make_jaxpr(in_turn(jaxpr_as_fun(params[body])))(*params[body].in_avals)
+                step = step.replace(params=params | {body: inner})
             waiting = {} if turn is None else _waiting(turn, step, values)
             results = _done(program, step, values | waiting)
             turn = _known_after(results)
@@ -105,15 +106,5 @@ def _known_after(results: Sequence[Array]) -> Array:
 
 def _communicates(step: JaxprEqn) -> bool:
     return step.primitive.name in COLLECTIVES or any(
-        _communicates(inner) for program in _programs(step.params.values()) for inner in program.eqns
+        _communicates(inner) for program in jaxprs_in_params(step.params) for inner in program.eqns
     )
-
-
-def _programs(values: Iterable[Any]) -> Iterator[Jaxpr]:
-    for value in values:
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _programs(value)
