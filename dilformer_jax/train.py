@@ -48,9 +48,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     mesh = parallel.mesh(config.space)
     replicated, (share, shares) = parallel.replicated(mesh), parallel.share(mesh)
     with config.unlocked():
-        # As it is now: started again on other devices, 0 would come to mean other batches.
-        config.batch_size = config.batch_size or mesh.shape["data"] * max(config.accumulate, 1)
-    batch_size = config.batch_size
+        config.batch_size = batch_size = _batch_size(config, mesh.shape["data"], workdir)
     _check(config, batch_size, mesh.shape["data"])
     try:
         module = models.create(config.model.name, **keywords(config.model.options.to_dict()))
@@ -193,6 +191,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
         figures.save(workdir / "figures" / "training.png", figures.training(logs.read(workdir / logs.METRICS)))
 
 
+def _batch_size(config: ConfigDict, shares: int, workdir: Path) -> int:
+    """What a batch size of 0 stands for: one pair for each share of the batch and part of it, or, when a run goes on,
+    what it stood for when the run began: on other devices it would come to mean other batches."""
+    began, checkpoints = workdir / "config.json", workdir / "checkpoints"
+    if config.batch_size == 0 and began.is_file() and any(checkpoints.glob("[0-9]*")):
+        return json.loads(began.read_text())["batch_size"]
+    return config.batch_size or shares * max(config.accumulate, 1)
+
+
 def _check(config: ConfigDict, batch_size: int, shares: int) -> None:
     owners = "devices" if config.space == 1 else f"groups of {config.space} devices"
     if config.accumulate < 1:
@@ -200,12 +207,12 @@ def _check(config: ConfigDict, batch_size: int, shares: int) -> None:
     if batch_size < 1 or batch_size % shares:
         raise BadInput(
             f"batch_size {batch_size} does not divide among {shares} {owners}; "
-            "make it a multiple, or 0 for one pair each."
+            "make it a multiple, or 0, in a new run, for one pair each."
         )
     if batch_size % (shares * config.accumulate):
         raise BadInput(
             f"batch_size {batch_size} on {shares} {owners if shares > 1 else 'device'} does not divide into accumulate="
-            f"{config.accumulate} parts; make it a multiple of {shares * config.accumulate}, or 0."
+            f"{config.accumulate} parts; make it a multiple of {shares * config.accumulate}, or 0 in a new run."
         )
     if config.data.name not in sources.DATASETS:
         raise BadInput(f"config.data.name is {config.data.name!r}; give one of {', '.join(sources.DATASETS)}.")
@@ -284,7 +291,12 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
     path = workdir / "config.json"
     new = json.loads(config.to_json_best_effort())
     if resuming and path.is_file():
-        old = _flat(json.loads(path.read_text()))
+        from dilformer_jax import models
+
+        before = json.loads(path.read_text())
+        # An option that there was not yet had the value that is now its default.
+        options = models.defaults(before["model"]["name"]) | before["model"]["options"]
+        old = _flat(before | {"model": before["model"] | {"options": options}})
         now = _flat(new)
         keys = [key for key in (now | old) if not key.startswith(CHANGEABLE)]
         changed = [key for key in keys if old.get(key) != now.get(key)]

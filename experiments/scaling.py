@@ -145,6 +145,8 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="compare a step as well")
     parser.add_argument("--head", type=float, default=3e3, help="by how much the heads' first kernels are enlarged")
     arguments = parser.parse_args()
+    if arguments.devices % arguments.space:
+        parser.error(f"--space {arguments.space} does not divide --devices {arguments.devices}")
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={arguments.devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"

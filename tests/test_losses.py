@@ -130,6 +130,16 @@ def test_lncc_survives_a_large_offset(border):
         np.testing.assert_allclose(gradient, unmoved[1], atol=2e-3 * np.abs(unmoved[1]).max())
 
 
+def test_lncc_of_what_is_no_number_is_none():
+    """It counts for nothing where an image is constant, which must not hide a run that has gone astray."""
+    image = np.random.default_rng(0).random((1, 6, 6, 6, 1)).astype(np.float32)
+    for wrong in (np.nan, np.inf):
+        astray = image.copy()
+        astray[0, 2, 3, 4, 0] = wrong
+        whole, other = jnp.asarray(image), jnp.asarray(astray)
+        assert np.isnan(losses.lncc(whole, other, 3)) and np.isnan(losses.lncc(other, whole, 3))
+
+
 def test_lncc_of_constant_images_is_zero_with_a_finite_gradient():
     textured, black = image(*SHAPE, 1), np.zeros((*SHAPE, 1))
     pairs = [(black, black), (black + 0.7, textured), (textured, black + 0.7), (black + 0.3, black + 0.9)]

@@ -13,7 +13,7 @@ from jax import lax
 
 from dilformer_jax import models
 from dilformer_jax.models import blocks
-from dilformer_jax.ops import conv, losses, slabs, spatial
+from dilformer_jax.ops import conv, losses, ring, slabs, spatial
 from dilformer_jax.training import parallel, state, turns
 
 # Not to be divided among four devices: 22 planes, the last of four slabs of 6 being two thirds full; at the next level
@@ -37,6 +37,7 @@ def layers(fine, coarse, u, parameters):
         "correlation": blocks.correlation(fine, jnp.cos(fine)),
         "average": spatial.average(fine),
         "resize": spatial.resize(coarse, FINE if slabs.current() is None else (6, 10, 8)),
+        "reduced": spatial.resize(fine, COARSE if slabs.current() is None else (3, 5, 4)),
         "Jacobian": spatial.jacobian_determinant(u)[..., None],
     }
 
@@ -119,6 +120,31 @@ def test_slabs_are_the_whole(program):
             np.testing.assert_array_equal(ours[:, theirs.shape[1] :], 0)
             ours = ours[:, : theirs.shape[1]]
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(("reach", "hops"), [(0.0, 0), (3.5, 0), (9.0, 1)])
+def test_slabs_travel_only_as_far_as_points_of_the_volume_lie(reach, hops):
+    """Not for what stands in padding planes, here those of the last two of four devices."""
+    split = slabs.Slabs("space", ("data", "space"), 4, depth=10, planes=5)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(1, 4), ("data", "space"))
+    u = np.full((1, 20, 3, 3, 3), 1e3, np.float32)
+    u[:, :10] = 0
+    u[0, 0, 1, 1, 0] = reach
+    image = np.random.default_rng(0).random((1, 20, 3, 3, 2), np.float32)
+
+    def local(image, u):
+        with slabs.split(split):
+            place = slabs.first_plane(u) + jnp.arange(5, dtype=jnp.float32)[:, None, None]
+            coordinates = jnp.clip(u.at[..., 0].add(place), 0, jnp.array([9.0, 2.0, 2.0]))
+            return spatial.warp(image, u), ring.hops(image, coordinates)[None]
+
+    spec = jax.P(None, "space")
+    on_slabs = jax.shard_map(
+        turns.in_turn(local), mesh=mesh, in_specs=spec, out_specs=(spec, jax.P("space")), check_vma=False
+    )
+    moved, found = jax.jit(on_slabs)(image, u)
+    np.testing.assert_array_equal(found, hops)
+    np.testing.assert_allclose(moved[:, :10], spatial.warp(image[:, :10], u[:, :10]), atol=1e-6)
 
 
 def test_a_step_exchanges_halos_and_gathers_nothing():

@@ -12,7 +12,7 @@ import training_runs as runs
 
 from dilformer_jax import train
 from dilformer_jax.data import pipeline, sources
-from dilformer_jax.io.volumes import read_labels, write_labels
+from dilformer_jax.io.volumes import BadInput, read_labels, write_labels
 from dilformer_jax.models import bundle
 from dilformer_jax.training import checkpoint, logs, state
 
@@ -192,6 +192,34 @@ def test_a_run_goes_on_only_as_it_began(
     trained(monkeypatch, workdir, *settings, *free)
     assert (workdir / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
     assert json.loads((workdir / "config.json").read_text())["data"]["workers"] == 1
+
+
+def test_a_run_goes_on_with_its_batches_on_other_devices(tmp_path: Path) -> None:
+    """0 stands for one pair a device and part; of a run that goes on, for what it stood for when that began."""
+    config = train.cli.load_config(str(runs.ROOT / "configs" / "demo.py:tiny"))
+    config.accumulate = 2
+    assert train._batch_size(config, 3, tmp_path) == 6
+    config.batch_size = 6
+    train._write_config(config, tmp_path, resuming=False, writing=True)
+    config.batch_size, config.accumulate = 0, 3
+    assert train._batch_size(config, 1, tmp_path) == 3  # nothing was done yet
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    assert train._batch_size(config, 1, tmp_path) == 6
+    config.batch_size = 12
+    assert train._batch_size(config, 1, tmp_path) == 12  # which is then refused
+
+
+def test_a_run_of_before_an_option_existed_goes_on_at_its_default(tmp_path: Path) -> None:
+    config = train.cli.load_config(str(runs.ROOT / "configs" / "demo.py:tiny"))
+    train._write_config(config, tmp_path, resuming=False, writing=True)
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    del old["model"]["options"]["dtype"]
+    path.write_text(json.dumps(old))
+    train._write_config(config, tmp_path, resuming=True, writing=False)
+    config.model.options.dtype = "bfloat16"
+    with pytest.raises(BadInput, match="was trained with model.options.dtype=float32 and now is given bfloat16"):
+        train._write_config(config, tmp_path, resuming=True, writing=False)
 
 
 def test_an_option_that_is_left_out_is_a_change_too(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The networks, by name. Each maps (fixed, moving) to a tuple of displacements, finest first."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -23,3 +24,10 @@ def create(name: str, **options: Any) -> nn.Module:
         if option not in known:
             raise ValueError(f"The network {name} has no option {option!r}; it has {', '.join(sorted(known))}.")
     return MODELS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The options of the network of this name that need not be given, as JSON has them (tuples are lists)."""
+    fields = (field for field in dataclasses.fields(MODELS[name]) if field.name not in ("parent", "name"))
+    given = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return {option: list(value) if isinstance(value, tuple) else value for option, value in given.items()}

@@ -58,10 +58,11 @@ def lncc(
         cross += beyond * (centre_f * sum_m + centre_m * sum_f + held * centre_f * centre_m)
         variance_f += beyond * centre_f * (2 * sum_f + held * centre_f)
         variance_m += beyond * centre_m * (2 * sum_m + held * centre_m)
-    # Below this a variance is rounding, which in intensities of hundreds is far above epsilon.
-    varied = (variance_f > ROUNDING * energy_f) & (variance_m > ROUNDING * energy_m)
-    variances = jnp.where(varied, variance_f * variance_m, 1.0)
-    return slabs.mean(jnp.where(varied, cross * cross / (variances + epsilon), 0.0))
+    # Below this a variance is rounding, which in intensities of hundreds is far above epsilon. What is no number is not
+    # below it.
+    constant = (variance_f <= ROUNDING * energy_f) | (variance_m <= ROUNDING * energy_m)
+    variances = jnp.where(constant, 1.0, variance_f * variance_m)
+    return slabs.mean(jnp.where(constant, 0.0, cross * cross / (variances + epsilon)))
 
 
 def _window_sum(x: Array, window: int) -> Array:

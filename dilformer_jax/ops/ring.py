@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from dilformer_jax.ops import slabs
 
 HALO = 4
+NOWHERE = np.iinfo(np.int32).max
 # (volume, coordinates, last): `last` holds the coordinates (3,) of the last voxel of the whole volume.
 Sampler = Callable[[Array, Array, Array], Array]
 
@@ -30,10 +32,18 @@ def sampled(
     Differentiable once, in both arguments.
     """
     halo = min(HALO, images.shape[1])
-    start = slabs.first_plane(images) - halo
-    near = _distance(images, coordinates) == 0
-    own = _within(sample, slabs.extended(images, halo), coordinates, start, near, _last(images))
+    start, here = slabs.first_plane(images) - halo, _distance(images, coordinates) == 0
+    own = _within(sample, slabs.extended(images, halo), coordinates, start, here, _last(images))
     return own + _from_afar(sample, images, coordinates)
+
+
+def hops(images: Num[Array, "b d h w c"], coordinates: Float[Array, "b e f g 3"]) -> Int[Array, ""]:
+    """How far the slabs travel for these points, in devices; the same number on all devices of the mesh."""
+    distance = _distance(images, coordinates)
+    split = slabs.current()
+    assert split is not None
+    # All devices, for they run one program: where some would go on alone, none would meet them.
+    return lax.pmax(jnp.where(distance == NOWHERE, 0, jnp.abs(distance)).max(), split.together)
 
 
 def _last(images):
@@ -41,12 +51,14 @@ def _last(images):
 
 
 def _distance(images, coordinates):
-    """How many slabs away, (b, e, f, g), each point's planes begin; 0 where this slab and its halo have both."""
+    """How many slabs away, (b, e, f, g), each point's planes begin; 0 where this slab and its halo have both, and
+    NOWHERE for what stands in the padding planes."""
     n, first = images.shape[1], slabs.first_plane(images)
     halo = min(HALO, n)
     below = jnp.clip(jnp.floor(coordinates[..., 0]), 0, max(slabs.depth(images) - 2, 0)).astype(jnp.int32)
     near = (below >= first - halo) & (below + 1 < first + n + halo)
-    return jnp.where(near, 0, below // n - first // n)
+    distance = jnp.where(near, 0, below // n - first // n)
+    return jnp.where(slabs.inside(coordinates)[..., 0], distance, NOWHERE)
 
 
 def _within(sample, volume, coordinates, start, here, last):
@@ -64,8 +76,9 @@ def _with_next_plane(images, split):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _from_afar(sample, images, coordinates):
     """The samples of the points that lie beyond the slab and its halo; 0 for the others."""
-    split, distance, hops = _journey(images, coordinates)
-    visiting = _visiting(sample, images, coordinates, distance)
+    split = slabs.current()
+    assert split is not None
+    visiting = _visiting(sample, images, coordinates)
 
     def hop(number, carried):
         total, onwards, backwards = carried
@@ -74,21 +87,13 @@ def _from_afar(sample, images, coordinates):
 
     wide = _with_next_plane(images, split)
     nothing = jnp.zeros((*coordinates.shape[:-1], images.shape[-1]), images.dtype)
-    return lax.fori_loop(1, hops + 1, hop, (nothing, wide, wide))[0]
+    return lax.fori_loop(1, hops(images, coordinates) + 1, hop, (nothing, wide, wide))[0]
 
 
-def _journey(images, coordinates):
-    split = slabs.current()
-    assert split is not None
-    distance = _distance(images, coordinates)
-    # All devices of the mesh, for they run one program: where some would go on alone, none would meet them.
-    return split, distance, lax.pmax(jnp.abs(distance).max(), split.together)
-
-
-def _visiting(sample, images, coordinates, distance):
+def _visiting(sample, images, coordinates):
     """The function that takes, from the slab that is so many slabs away, what lies in it."""
     n, last = images.shape[1], _last(images)
-    first = slabs.first_plane(images)
+    first, distance = slabs.first_plane(images), _distance(images, coordinates)
     return lambda away, slab, at=coordinates: _within(sample, slab, at, first + away * n, distance == away, last)
 
 
@@ -98,8 +103,9 @@ def _from_afar_forward(sample, images, coordinates):
 
 def _from_afar_backward(sample, saved, gradient):
     images, coordinates = saved
-    split, distance, hops = _journey(images, coordinates)
-    visiting = _visiting(sample, images, coordinates, distance)
+    split, farthest = slabs.current(), hops(images, coordinates)
+    assert split is not None
+    visiting = _visiting(sample, images, coordinates)
     wide, to_slab = jax.vjp(lambda images: _with_next_plane(images, split), images)
 
     def to_points(away, slab):
@@ -116,14 +122,14 @@ def _from_afar_backward(sample, saved, gradient):
 
     def way_home(back, carried):
         """Each device adds its share to what comes from farther off, and sends it one slab nearer home."""
-        number = hops - back
+        number = farthest - back
         from_above, from_below = carried
         from_above = slabs.passed(from_above + to_slab_at(-number), split, -1)
         return from_above, slabs.passed(from_below + to_slab_at(number), split, 1)
 
-    to_coordinates, _, _ = lax.fori_loop(1, hops + 1, hop, (jnp.zeros_like(coordinates), wide, wide))
+    to_coordinates, _, _ = lax.fori_loop(1, farthest + 1, hop, (jnp.zeros_like(coordinates), wide, wide))
     nothing = jnp.zeros_like(wide)
-    from_above, from_below = lax.fori_loop(0, hops, way_home, (nothing, nothing))
+    from_above, from_below = lax.fori_loop(0, farthest, way_home, (nothing, nothing))
     return *to_slab(from_above + from_below), to_coordinates
 
 

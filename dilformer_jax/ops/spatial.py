@@ -115,16 +115,19 @@ def resize(
     antialiasing).
 
     Half-pixel by default: both grids cover the same box. With `align_corners` the first and the last voxels coincide
-    instead. One matrix product an axis; resizing by gathers is slow on TPU. A volume split over devices is enlarged a
-    whole number of times, in half-pixel convention, its slab to a slab of this shape.
+    instead. One matrix product an axis; resizing by gathers is slow on TPU. A volume split over devices is enlarged or
+    reduced a whole number of times, in half-pixel convention, its slab to a slab of this shape.
 
     Raises:
       ValueError: a slab that is to become anything else.
     """
     if slabs.current() is not None and x.shape[slabs.DEPTH] != shape[0]:
-        times, rest = divmod(shape[0], x.shape[-4])
-        if rest or align_corners:
-            raise ValueError(f"A slab of {x.shape[-4]} planes is enlarged a whole number of times, not to {shape[0]}.")
+        planes = x.shape[slabs.DEPTH]
+        if align_corners or (shape[0] % planes and planes % shape[0]):
+            raise ValueError(f"A slab of {planes} planes is resized by a whole number, not to {shape[0]}.")
+        if planes > shape[0]:
+            return _resized(x, shape, align_corners)  # no plane of the result looks beyond those that it stands for
+        times = shape[0] // planes
         resized = lambda x: _resized(x, (x.shape[-4] * times, *shape[1:]), align_corners)
         return slabs.same(resized, x, 1, edge="border", scale=(times, 1))
     return _resized(x, shape, align_corners)
@@ -169,8 +172,8 @@ def average(x: Float[Array, "*b d h w c"]) -> Float[Array, "*b e f g c"]:
       ValueError: an axis of odd size.
     """
     *batch, d, h, w, c = x.shape
-    if d % 2 or h % 2 or w % 2:
-        raise ValueError(f"Averaging 2x2x2 cubes needs even axes, got a volume of {(d, h, w)} voxels.")
+    if slabs.depth(x) % 2 or d % 2 or h % 2 or w % 2:
+        raise ValueError(f"Averaging 2x2x2 cubes needs even axes, got a volume of {(slabs.depth(x), h, w)} voxels.")
     return x.reshape(*batch, d // 2, 2, h // 2, 2, w // 2, 2, c).mean(axis=(-6, -4, -2))
 
 
