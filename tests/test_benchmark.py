@@ -33,7 +33,7 @@ def lines(*command: str) -> list[dict[str, Any]]:
 
 
 def test_benchmark_without_torch_measures_this_package_alone(tmp_path: Path) -> None:
-    sections = "conv", "warp", "lncc", "integration", "inference", "step", "startup"
+    sections = "conv", "warp", "lncc", "integration", "inference", "startup"
     found = lines("-c", WITHOUT_TORCH, str(EXPERIMENTS), "--quick", "--rounds", "1", "--only", *sections)
     assert found[0]["torch"] is None
     rows = found[1:]
