@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from dilformer_jax import evaluate, export, models, register
 from dilformer_jax.data.preprocessing import prepared, resolved
+from dilformer_jax.io.geometry import spacing
 from dilformer_jax.io.volumes import BadInput, read_image, read_labels
 from dilformer_jax.models import bundle
 from dilformer_jax.registration import pipeline, refine
@@ -390,7 +391,7 @@ def test_refinement_alone_registers_without_a_network(inputs: Path, tmp_path: Pa
     assert record["refinement"]["steps"] == 3 and not record["refinement"]["diffeomorphic"]
     assert record["metrics"]["correlation"] > record["metrics"]["correlation_before"] + 0.01
     fixed, moving = (read_image(inputs / f"{name}.nii.gz").array for name in ("fixed", "moving"))
-    u = refine.refine(fixed, moving, Refinement(3))
+    u = refine.refine(fixed, moving, Refinement(3), spacing=spacing(affine()))
     moved = read_image(tmp_path / "alone" / "moved.nii.gz").array
     np.testing.assert_allclose(moved, pipeline.warp_image(moving, u), atol=1e-4)
 
