@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags  # type: ignore[import-untyped]
 
 from dilformer_jax.io import executables
 from dilformer_jax.io.volumes import BadInput
+
+if TYPE_CHECKING:
+    from dilformer_jax.registration.refine import Refinement
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple", ConfigDict: "a dictionary"}
 
@@ -29,6 +32,29 @@ class Arguments(argparse.ArgumentParser):
             hint = _closest(unknown[1].partition("=")[0], options)
             raise BadInput(f"{self.prog} knows no {unknown[1]}{hint}; see {self.prog} --help.")
         raise BadInput(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:
+    """The options of which `refinement` makes a Refinement."""
+    parser.add_argument("--refine", type=int, metavar="N", help=f"steps of instance optimisation ({default})")
+    parser.add_argument("--diffeomorphic", action="store_true", help="refine by a velocity, which hardly folds")
+
+
+def refinement(options: argparse.Namespace, *, alone: bool = False) -> "Refinement | None":
+    """How the command line wants a pair to be refined; where that is `alone` what registers it, it need not say so.
+
+    Raises BadInput for fewer than no steps, and for how without how much.
+    """
+    from dilformer_jax.registration.refine import Refinement  # with JAX, for which --help need not wait
+
+    steps = Refinement.steps if alone and options.refine is None else options.refine
+    if steps is None:
+        if options.diffeomorphic:
+            raise BadInput("--diffeomorphic says how to refine; give --refine N with it.")
+        return None
+    if steps < 0 or (alone and steps == 0):
+        raise BadInput(f"--refine is {steps}; give {int(alone)} or more steps, 50 for example.")
+    return Refinement(steps, options.diffeomorphic)
 
 
 def run(main: Callable[[ConfigDict, Path], None], argv: Sequence[str] | None = None) -> None:

@@ -88,7 +88,8 @@ def _parser() -> cli.Arguments:
     parser = cli.Arguments(prog="dilformer evaluate", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
     parser.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
-    parser.add_argument("--method", choices=("identity",), help="doing nothing")
+    parser.add_argument("--method", choices=("identity",), help="doing nothing; with --refine, refinement alone")
+    cli.add_refinement(parser, "none")
     pairs = parser.add_mutually_exclusive_group()
     pairs.add_argument("--protocol", metavar="DATASET-SPLIT", help="e.g. lpba40-validation; needs --data")
     pairs.add_argument("--pairs", type=Path, metavar="CSV", help="its pairs, or those whose split is test")
@@ -103,7 +104,8 @@ def _parser() -> cli.Arguments:
 def _folder(options: argparse.Namespace) -> str:
     """Where results go that nobody has named a place for: two questions about one run do not overwrite each other."""
     pairs = options.pairs.stem if options.pairs else options.protocol
-    return "-".join(part for part in ("evaluation", options.method, pairs) if part)
+    refined = "" if options.refine is None else f"refine{options.refine}" + "-diffeomorphic" * options.diffeomorphic
+    return "-".join(part for part in ("evaluation", options.method, pairs, refined) if part)
 
 
 def _label_list(text: str) -> tuple[int, ...]:
@@ -133,11 +135,12 @@ def _method(options: argparse.Namespace) -> "Method":
     from dilformer_jax.registration.evaluation import method_of
     from dilformer_jax.registration.pipeline import load_predictor
 
+    refinement = cli.refinement(options)
     if options.method == "identity":
-        return method_of(None)
+        return method_of(None, refinement)
     if options.weights is None and options.workdir is None:
         raise BadInput("Nothing to evaluate; give --workdir RUN, --weights FILE or --method identity.")
-    return method_of(load_predictor(options.weights, options.workdir))
+    return method_of(load_predictor(options.weights, options.workdir), refinement)
 
 
 def _protocol(options: argparse.Namespace) -> tuple[str, tuple[Pair, ...], tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """Registers a moving image to a fixed image: two NIfTI files in, a folder of results out."""
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import time
@@ -35,6 +36,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
     import jax
 
+    from dilformer_jax.registration import refine
     from dilformer_jax.registration.pipeline import check_pair, load_predictor, register
 
     # Everything that can be wrong with the input is found here, before any work and any output.
@@ -44,17 +46,25 @@ def run(options: argparse.Namespace, command: str) -> None:
     fixed_labels = None if options.fixed_labels is None else read_labels(options.fixed_labels)
     moving_labels = None if options.moving_labels is None else read_labels(options.moving_labels)
     check_pair(fixed, moving, fixed_labels, moving_labels)
-    predictor = load_predictor(options.weights, options.workdir)
-    predictor.check_shape(fixed.array.shape, fixed.path)
-    warnings = _unlike_training(predictor, fixed)
+    alone = options.weights is None and options.workdir is None
+    predictor = None if alone else load_predictor(options.weights, options.workdir)
+    refinement = cli.refinement(options, alone=alone)
+    if predictor is not None:
+        predictor.check_shape(fixed.array.shape, fixed.path)
+    if refinement is not None:
+        refine.check_shape(fixed.array.shape, fixed.path)
+    warnings = [] if predictor is None else _unlike_training(predictor, fixed)
 
     with staged(options.output, OPTIONAL) as folder:
         start = time.perf_counter()
-        predictor.compile(fixed.array.shape, fixed.path)
+        if predictor is not None:
+            predictor.compile(fixed.array.shape, fixed.path)
+        if refinement is not None:
+            refine.compiled(fixed.array.shape, refinement, predictor is not None)
         compiling = time.perf_counter() - start
-        result = register(fixed, moving, predictor, fixed_labels, moving_labels)
+        result = register(fixed, moving, predictor, fixed_labels, moving_labels, refinement)
         seconds = result.metrics["seconds"]
-        seconds |= {"cold": compiling + seconds["network"], "warm": seconds["network"]}
+        seconds |= {"cold": compiling + seconds["displacement"], "warm": seconds["displacement"]}
 
         write_image(folder / "moved.nii.gz", result.moved, fixed)
         if result.moved_labels is not None:
@@ -69,8 +79,9 @@ def run(options: argparse.Namespace, command: str) -> None:
             "versions": provenance.versions(),
             "backend": jax.default_backend(),
             "device": jax.devices()[0].device_kind,
-            "network": predictor.name,
-            "parameters_sha256": predictor.sha256,
+            "network": None if predictor is None else predictor.name,
+            "parameters_sha256": None if predictor is None else predictor.sha256,
+            "refinement": None if refinement is None else dataclasses.asdict(refinement),
             "inputs_sha256": provenance.inputs(volume.path for volume in volumes if volume is not None),
             "convention": CONVENTION.replace("\n", " "),
             "warnings": warnings,
@@ -90,9 +101,10 @@ def _parser() -> cli.Arguments:
     parser.add_argument("--fixed", type=Path, required=True, help="the image that stays, .nii or .nii.gz")
     parser.add_argument("--moving", type=Path, required=True, help="the image to warp, on the same grid")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    network = parser.add_mutually_exclusive_group(required=True)
+    network = parser.add_mutually_exclusive_group()
     network.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
     network.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
+    cli.add_refinement(parser, "without a network 50")
     parser.add_argument("--fixed-labels", type=Path, help="label map of the fixed image, to measure Dice by")
     parser.add_argument("--moving-labels", type=Path, help="label map of the moving image, warped too")
     parser.add_argument("--report", action="store_true", help="write report.html with pictures")

@@ -211,6 +211,12 @@ def quadratic(shape: tuple[int, ...]) -> np.ndarray:
     return np.einsum("...a,iab,...b->...i", x, HESSIANS, x) / 2
 
 
+def test_diffusion_of_voxels_that_are_no_cubes():
+    size = np.array([1.0, 2.0, 4.0])
+    found = losses.diffusion(jnp.asarray(linear(SHAPE)), jnp.asarray(size, jnp.float32))
+    assert found == pytest.approx(((GRADIENT * size[:, None] / size) ** 2).mean(), rel=1e-5)
+
+
 def test_diffusion_of_known_fields():
     ramp, curve = linear(SHAPE), quadratic(SHAPE)
     still, sloped, batch, curved, noisy = compiled(

@@ -105,9 +105,12 @@ def soft_dice(fixed: Float[Array, "*b d h w k"], moved: Float[Array, "*b d h w k
     return (2 * total(fixed * moved) / (total(fixed**2) + total(moved**2) + epsilon)).mean()
 
 
-def diffusion(u: Displacement) -> Scalar:
+def diffusion(u: Displacement, spacing: Float[Array, "3"] | None = None) -> Scalar:
     """The mean squared forward difference of a displacement, over its three components and three axes (VoxelMorph's
     `Grad('l2')`).
+
+    Given the `spacing` of the voxels along each axis, in any unit, it is that of the displacement in this unit over
+    distances in this unit: where voxels are cubes, the same.
 
     Raises:
       ValueError: an axis of one voxel.
@@ -116,14 +119,18 @@ def diffusion(u: Displacement) -> Scalar:
     if min(depth, *u.shape[-3:-1]) < 2:
         raise ValueError(f"Diffusion needs two voxels an axis, got {(depth, *u.shape[-3:-1])}.")
     u = u.astype(jnp.float32)
+    if spacing is not None:
+        u = u * spacing
     if slabs.current() is None:
         ahead = jnp.square(jnp.diff(u, axis=-4)).mean()
     else:
         # The last plane's difference, to the border beyond it, is zero, and not counted.
         steps = jnp.diff(slabs.extended(u, 1, "border"), axis=-4)[..., 1:, :, :, :]
         ahead = slabs.mean(jnp.square(steps)) * depth / (depth - 1)
-    along = [slabs.mean(jnp.square(jnp.diff(u, axis=axis))) for axis in (-3, -2)]
-    return (ahead + sum(along, jnp.float32(0))) / 3
+    along = [ahead, *(slabs.mean(jnp.square(jnp.diff(u, axis=axis))) for axis in (-3, -2))]
+    if spacing is not None:
+        along = [square / spacing[axis] ** 2 for axis, square in enumerate(along)]
+    return sum(along, jnp.float32(0)) / 3
 
 
 def bending(u: Displacement) -> Scalar:

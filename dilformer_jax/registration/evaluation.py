@@ -15,7 +15,9 @@ from dilformer_jax.data.sources import Pair, Subject
 from dilformer_jax.io.geometry import spacing
 from dilformer_jax.io.volumes import Volume, check_same_grid, open_nifti
 from dilformer_jax.ops import metrics
+from dilformer_jax.registration import refine
 from dilformer_jax.registration.pipeline import Predictor, deformation, identity, warp_labels
+from dilformer_jax.registration.refine import Refinement
 
 WORKERS = 2
 RAW = {"normalise": "none"}  # the files' own voxels: a predictor does its preprocessing itself
@@ -38,7 +40,7 @@ DEFINITION = {
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """What is scored. `displacement(fixed, moving, names)` is timed; `compile(shape, name)` is called before."""
+    """What is scored: `displacement(fixed, moving, names, spacing)`, which is timed; `compile(shape, name)` is not."""
 
     name: str
     displacement: Callable[..., np.ndarray]
@@ -60,13 +62,38 @@ class Case:
     seconds: float
 
 
-def method_of(predictor: Predictor | None) -> Method:
-    """The method that is a network, or that of doing nothing."""
+def method_of(predictor: Predictor | None, refinement: Refinement | None = None) -> Method:
+    """The method that is a network, or that of doing nothing; given a refinement, refined, or refinement alone."""
     if predictor is not None:
-        return Method(
-            predictor.name, predictor.displacement, predictor.compile, predictor.check_shape, predictor.sha256
+        method = Method(
+            predictor.name,
+            lambda fixed, moving, names, spacing: predictor.displacement(fixed, moving, names),
+            predictor.compile,
+            predictor.check_shape,
+            predictor.sha256,
         )
-    return Method("identity", lambda fixed, moving, names: identity(fixed, moving), _nothing, _nothing, None)
+    else:
+        nothing = lambda fixed, moving, names, spacing: identity(fixed, moving)
+        method = Method("identity", nothing, _nothing, _nothing, None)
+    if refinement is None:
+        return method
+
+    def displacement(fixed, moving, names, spacing):
+        initial = None if predictor is None else predictor.displacement(fixed, moving, names)
+        return refine.refine(fixed, moving, refinement, initial, names, spacing)
+
+    def compile_both(shape, name):
+        method.compile(shape, name)
+        refine.check_shape(shape, name)
+        refine.compiled(shape, refinement, predictor is not None)
+
+    def check_both(shape, name):
+        method.check_shape(shape, name)
+        refine.check_shape(shape, name)
+
+    kind = "a velocity" if refinement.diffeomorphic else "a displacement"
+    name = f"{method.name}, {refinement.steps} steps of refinement of {kind}"
+    return Method(name, displacement, compile_both, check_both, method.sha256)
 
 
 def check(pairs: Sequence[Pair], method: Method) -> None:
@@ -100,7 +127,7 @@ def registered(pair: Pair, method: Method) -> Case:
     check_same_grid(fixed, moving)
     method.compile(fixed.array.shape, fixed.path)
     start = time.perf_counter()
-    u = method.displacement(fixed.array, moving.array, (fixed.path, moving.path))
+    u = method.displacement(fixed.array, moving.array, (fixed.path, moving.path), spacing(fixed.affine))
     return Case(pair, fixed, moving, fixed_labels, moving_labels, u, time.perf_counter() - start)
 
 

@@ -16,9 +16,12 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from dilformer_jax import models
 from dilformer_jax.data.preprocessing import by, corner, prepared, resolved
+from dilformer_jax.io.geometry import spacing
 from dilformer_jax.io.volumes import BadInput, Volume, check_same_grid
 from dilformer_jax.models import bundle
 from dilformer_jax.ops import metrics, spatial
+from dilformer_jax.registration import refine
+from dilformer_jax.registration.refine import Refinement
 
 Image = Float32[np.ndarray, "_ _ _"]
 Labels = Int32[np.ndarray, "_ _ _"]
@@ -173,14 +176,24 @@ def keywords(options: Mapping[str, Any]) -> dict[str, Any]:
 def register(
     fixed: Volume,
     moving: Volume,
-    predictor: Predictor,
+    predictor: Predictor | None,
     fixed_labels: Volume | None = None,
     moving_labels: Volume | None = None,
+    refinement: Refinement | None = None,
 ) -> Registration:
-    """Registers two images of one grid; see `Registration`. Raises BadInput where grids differ or are too small."""
+    """Registers two images of one grid, by a network, by refinement, or by one after the other; see `Registration`.
+
+    Raises BadInput where grids differ or are too small, and ValueError where there is neither.
+    """
+    if predictor is None and refinement is None:
+        raise ValueError("register needs a predictor, a refinement, or both")
     check_pair(fixed, moving, fixed_labels, moving_labels)
+    names = fixed.path, moving.path
     clock = [time.perf_counter()]
-    u = predictor.displacement(fixed.array, moving.array, (fixed.path, moving.path))
+    u = None if predictor is None else predictor.displacement(fixed.array, moving.array, names)
+    if refinement is not None:
+        u = refine.refine(fixed.array, moving.array, refinement, u, names, spacing(fixed.affine))
+    assert u is not None
     clock.append(time.perf_counter())
     moved = warp_image(moving.array, u)
     moved_labels = None if moving_labels is None else warp_labels(moving_labels.array, u)
@@ -208,7 +221,7 @@ def register(
         found["dice_before"] = float(before.mean()) if ids else float("nan")
         found["dice"] = float(after.mean()) if ids else float("nan")
         found["dice_per_label"] = dict(zip(ids, after.tolist(), strict=True))
-    steps = zip(("network", "warps", "inverse"), np.diff(clock).tolist(), strict=True)
+    steps = zip(("displacement", "warps", "inverse"), np.diff(clock).tolist(), strict=True)
     return Registration(u, inverse, moved, moved_labels, {**found, "seconds": dict(steps)})
 
 

@@ -1,0 +1,150 @@
+"""Instance optimisation finds known deformations, improves what it is given, and does not depend on how the voxels
+are stored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from dilformer_jax.data.phantoms import LABELS, phantom
+from dilformer_jax.io.volumes import BadInput
+from dilformer_jax.ops import metrics
+from dilformer_jax.registration import evaluation, refine
+from dilformer_jax.registration.pipeline import warp_labels
+from dilformer_jax.registration.refine import Refinement
+
+SHAPE = (27, 33, 30)  # odd, and not a multiple of any level
+QUICK = Refinement(steps=20)
+
+
+@pytest.fixture(scope="module")
+def brain() -> tuple[np.ndarray, np.ndarray]:
+    image, labels = phantom(3, (32, 40, 32))
+    middle = tuple(slice((n - size) // 2, (n - size) // 2 + size) for n, size in zip(image.shape, SHAPE, strict=True))
+    return image[middle].astype(np.float32), labels[middle].astype(np.int32)
+
+
+def bent(amplitude: float) -> np.ndarray:
+    """A smooth displacement of the grid, zero at its faces."""
+    x, y, z = np.meshgrid(*(np.linspace(0, np.pi, n) for n in SHAPE), indexing="ij")
+    bump = np.sin(x) * np.sin(y) * np.sin(z)
+    return np.stack([bump * np.cos(y), -bump, bump * np.sin(x)], -1).astype(np.float32) * amplitude
+
+
+def pulled(array: np.ndarray, u: np.ndarray, order: int = 1) -> np.ndarray:
+    """array(x + u(x)), by SciPy."""
+    points = np.moveaxis(np.indices(SHAPE) + np.moveaxis(u, -1, 0), 0, 0)
+    return ndimage.map_coordinates(array, points, order=order, mode="nearest").astype(array.dtype)
+
+
+@pytest.mark.parametrize("diffeomorphic", [False, True])
+def test_a_known_deformation_is_found(brain, diffeomorphic):
+    image, labels = brain
+    true = bent(3.0)
+    fixed, fixed_labels = pulled(image, true), pulled(labels, true, order=0)
+    u = refine.refine(fixed, image, Refinement(20, diffeomorphic))
+    seen = fixed_labels > 0
+    before, error = (np.linalg.norm(x, axis=-1)[seen].mean() for x in (true, u - true))
+    assert before > 1.0 and error < 0.4 * before
+    ids = [label for label in LABELS if (labels == label).sum() > 50]
+    dice = lambda moved: np.nanmean(metrics.dice(fixed_labels, moved, ids, labels))
+    assert dice(warp_labels(labels, u)) > dice(labels) + 0.15
+    assert metrics.folding_percent(u) < (0.01 if diffeomorphic else 0.5)
+
+
+def test_an_image_stays_on_itself(brain):
+    """But for what the kinks of trilinear interpolation at the voxels leave."""
+    u = refine.refine(brain[0], brain[0], QUICK)
+    assert np.abs(u).mean() < 0.05 and np.percentile(np.abs(u), 99) < 0.25
+
+
+def test_a_velocity_folds_less_than_a_displacement(brain):
+    image, _ = brain
+    other = phantom(8, (32, 40, 32))[0].astype(np.float32)[2:29, 3:36, 1:31]
+    folds = [
+        (metrics.jacobian_determinant(refine.refine(image, other, Refinement(20, form))) <= 0).sum()
+        for form in (False, True)
+    ]
+    assert folds[0] > 20 and folds[1] < folds[0] / 2, folds
+
+
+@pytest.mark.parametrize("diffeomorphic", [False, True])
+def test_what_it_is_given_is_improved(brain, diffeomorphic):
+    """From most of the way it goes the rest; no step leaves it as it is, whatever the grid."""
+    image, _ = brain
+    true = bent(3.0)
+    fixed, initial = pulled(image, true), 0.6 * true
+    kept = refine.refine(fixed, image, Refinement(0, diffeomorphic), initial)
+    np.testing.assert_allclose(kept, initial, atol=1e-5)
+    u = refine.refine(fixed, image, Refinement(20, diffeomorphic), initial)
+    inside = fixed > 0.1
+    error = lambda u: np.linalg.norm(u - true, axis=-1)[inside].mean()
+    assert error(u) < 0.7 * error(initial)
+
+
+def test_storage_and_units_of_intensity_do_not_matter(brain):
+    """Axes that are stored the other way round, or in another order, and intensities a thousand times as large."""
+    image, _ = brain
+    fixed = pulled(image, bent(3.0))
+    u = refine.refine(fixed, image, QUICK)
+    assert np.abs(refine.refine(1000 * fixed, 7 * image, QUICK) - u).mean() < 1e-3
+    swapped = refine.refine(*(np.ascontiguousarray(x.transpose(2, 0, 1)) for x in (fixed, image)), QUICK)
+    # As (D, H, W) it was stored, axis 2 first: its components and axes back in their order.
+    assert np.abs(swapped[..., [1, 2, 0]].transpose(1, 2, 0, 3) - u).mean() < 1e-3 < np.abs(u).mean() / 100
+
+
+def test_the_size_of_the_world_does_not_matter_but_the_shape_of_voxels_does(brain):
+    image, _ = brain
+    fixed = pulled(image, bent(3.0))
+    found = [refine.refine(fixed, image, QUICK, spacing=s) for s in ((1.0, 1.0, 1.0), (1e3, 1e3, 1e3), (1.0, 1.0, 4.0))]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 0.1
+
+
+def test_the_descent_is_one_rolled_loop():
+    shapes = [jax.ShapeDtypeStruct((16, 16, 16, 1), jnp.float32)] * 2
+    sizes = [
+        len(str(jax.make_jaxpr(lambda f, m, n=n: refine.found(f, m, jnp.ones(3), Refinement(n), 0, 0))(*shapes)))
+        for n in (3, 300)
+    ]
+    assert abs(sizes[0] - sizes[1]) < 20
+
+
+@pytest.mark.parametrize(
+    ("shape", "finest", "coarsest"),
+    [
+        ((160, 192, 160), 1, 4),
+        ((80, 96, 112), 0, 3),
+        ((8, 9, 200), 0, 0),
+        ((256, 256, 256), 1, 4),
+        ((20, 400, 400), 1, 1),
+    ],
+)
+def test_levels(shape, finest, coarsest):
+    assert refine.levels(shape) == (finest, coarsest)
+
+
+def test_what_cannot_be_refined(brain):
+    thin = brain[0][:, :, :5]
+    with pytest.raises(BadInput, match=r"a.nii is 27x33x5, too small to be refined, which takes 8 voxels"):
+        refine.refine(thin, thin, QUICK, names=("a.nii", "b.nii"))
+    with pytest.raises(BadInput, match=r"b.nii: intensities from 0 to 0 cannot be scaled"):
+        refine.refine(brain[0], np.zeros(SHAPE, np.float32), QUICK, names=("a.nii", "b.nii"))
+    with pytest.raises(ValueError, match="both lie on one grid"):
+        refine.refine(brain[0], thin, QUICK)
+    for wrong in ({"steps": -1}, {"window": 4}, {"weight": -1.0}, {"rate": 0.0}):
+        with pytest.raises(ValueError, match="A refinement has"):
+            Refinement(**wrong)
+
+
+def test_a_method_says_that_it_is_refined(brain):
+    method = evaluation.method_of(None, QUICK)
+    assert method.name == "identity, 20 steps of refinement of a displacement"
+    fixed = pulled(brain[0], bent(3.0))
+    method.compile(SHAPE, "a.nii")
+    np.testing.assert_array_equal(
+        method.displacement(fixed, brain[0], ("a", "b"), (2.0, 2.0, 2.0)), refine.refine(fixed, brain[0], QUICK)
+    )
+    with pytest.raises(BadInput, match=r"a.nii is 5x33x30, too small"):
+        method.check_shape((5, 33, 30), "a.nii")
