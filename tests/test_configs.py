@@ -204,8 +204,8 @@ def test_ixi_trains(tmp_path: Path) -> None:
 
 @pytest.mark.data
 def test_real_brains_train(shared_data: Path, tmp_path: Path) -> None:
-    lpba40, ixi = shared_data / "lpba40", shared_data / "ixi_2mm_affine"
-    names = {"lpba40.py": lpba40, "lpba40_cpu.py": lpba40, "voxelmorph_lpba40_cpu.py": lpba40, "ixi_2mm.py": ixi}
+    """At one resolution of each set: the other configurations differ in what `test_a_step_can_be_made_of_it` sees."""
+    names = {"lpba40_cpu.py": shared_data / "lpba40", "ixi_2mm.py": shared_data / "ixi_2mm_affine"}
     train_all(*((name, data, tmp_path / name) for name, data in names.items()))
     for name in names:
         check(tmp_path / name, 0.3, 0.7)

@@ -125,7 +125,7 @@ def test_voxelmorph_has_the_layers_of_voxelmorph_2() -> None:
     assert sorted(kernels) == sorted((3, 3, 3, a, b) for a, b in layers)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["default", "voxelmorph"])
 def test_a_fresh_network_is_the_identity(name: str) -> None:
     module = network(name)
     fixed, moving = images(module, batch=1)
