@@ -147,6 +147,12 @@ def test_slabs_travel_only_as_far_as_points_of_the_volume_lie(reach, hops):
     np.testing.assert_allclose(moved[:, :10], spatial.warp(image[:, :10], u[:, :10]), atol=1e-6)
 
 
+def test_a_volume_of_odd_depth_is_not_halved_because_its_slabs_are_even():
+    split = slabs.Slabs("space", ("data", "space"), 4, depth=11, planes=4)
+    with slabs.split(split), pytest.raises(ValueError, match=r"even axes, got a volume of \(11, 4, 4\) voxels"):
+        spatial.average(jnp.zeros((4, 4, 4, 1)))
+
+
 def test_a_step_exchanges_halos_and_gathers_nothing():
     """In the program that JAX hands to the compiler, which divides nothing itself any more: `experiments/scaling.py`
     looks at the compiled ones."""
