@@ -194,7 +194,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
 def _batch_size(config: ConfigDict, shares: int, workdir: Path) -> int:
     """What a batch size of 0 stands for: one pair for each share of the batch and part of it, or, when a run goes on,
     what it stood for when the run began: on other devices it would come to mean other batches."""
-    began, checkpoints = workdir / "config.json", workdir / "checkpoints"
+    from dilformer_jax.training import checkpoint
+
+    began, checkpoints = workdir / "config.json", workdir / checkpoint.FOLDER
     if config.batch_size == 0 and began.is_file() and any(checkpoints.glob("[0-9]*")):
         return json.loads(began.read_text())["batch_size"]
     return config.batch_size or shares * max(config.accumulate, 1)
@@ -293,11 +295,13 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
     if resuming and path.is_file():
         from dilformer_jax import models
 
-        before = json.loads(path.read_text())
-        # An option that there was not yet had the value that is now its default.
-        options = models.defaults(before["model"]["name"]) | before["model"]["options"]
-        old = _flat(before | {"model": before["model"] | {"options": options}})
-        now = _flat(new)
+        def whole(settings: dict[str, Any]) -> dict[str, Any]:
+            """With the options that are left out, or that there were not yet, at their defaults."""
+            model = settings["model"]
+            options = models.defaults(model["name"]) | model["options"]
+            return _flat(settings | {"model": model | {"options": options}})
+
+        old, now = whole(json.loads(path.read_text())), whole(new)
         keys = [key for key in (now | old) if not key.startswith(CHANGEABLE)]
         changed = [key for key in keys if old.get(key) != now.get(key)]
         if changed:

@@ -217,7 +217,11 @@ def test_a_run_of_before_an_option_existed_goes_on_at_its_default(tmp_path: Path
     del old["model"]["options"]["dtype"]
     path.write_text(json.dumps(old))
     train._write_config(config, tmp_path, resuming=True, writing=False)
-    config.model.options.dtype = "bfloat16"
+    with config.unlocked():  # nor need it be given
+        del config.model.options.dtype
+    train._write_config(config, tmp_path, resuming=True, writing=False)
+    with config.unlocked():
+        config.model.options.dtype = "bfloat16"
     with pytest.raises(BadInput, match="was trained with model.options.dtype=float32 and now is given bfloat16"):
         train._write_config(config, tmp_path, resuming=True, writing=False)
 
