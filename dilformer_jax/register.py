@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dilformer_jax import cli
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.geometry import orientation, spacing
-from dilformer_jax.io.transforms import write_displacement
+from dilformer_jax.io.itk import write_displacement
 from dilformer_jax.io.volumes import BadInput, Volume, normalise, read_image, read_labels, write_image, write_labels
 from dilformer_jax.reporting import html, provenance, tables
 

@@ -14,7 +14,7 @@ import training_runs as runs
 from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax import __main__
-from dilformer_jax.io.transforms import read_displacement
+from dilformer_jax.io.itk import read_displacement
 from dilformer_jax.io.volumes import open_nifti, read_image, read_labels, read_voxels
 from dilformer_jax.models import bundle
 from dilformer_jax.ops import metrics

@@ -1,67 +1,103 @@
-"""Displacements in files: ITK/ANTs displacement fields.
+"""Transforms in world space: where the points of one image lie in another.
 
-Such a field is a NIfTI file (X, Y, Z, 1, 3) of vectors in LPS mm on the fixed grid: a point p of the fixed image, in
-mm, matches p + field(p) of the moving image, so both affines are included and ITK and ANTs apply the file as it is.
+A transform takes points of the fixed image to points of the moving image, in RAS mm. It is a sequence of steps of which
+the first acts first; a step is an affine matrix (4, 4) or a `Field`.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import nibabel as nib
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float64, Real
+from scipy import ndimage  # type: ignore[import-untyped]
 
-from dilformer_jax.io.geometry import corner_distance, from_world, to_world
-from dilformer_jax.io.volumes import TOLERANCE_MM, BadInput, Volume, open_nifti, read_voxels, replacing_nifti
+from dilformer_jax.io.geometry import apply_affine, spacing
 
-RAS_TO_LPS = np.array([-1, -1, 1], np.float32)
-VECTOR = 1007  # NIFTI_INTENT_VECTOR: ITK reads the last axis as the components of one voxel
+Points = Float64[np.ndarray, "n 3"]
+Matrix = Real[np.ndarray, "4 4"]
+INVERSE_ITERATIONS = 100
+INVERSE_TOLERANCE = 1e-3  # of a field's smallest voxel side
+FITTED = 4096  # voxels of a field, at most, that its affine part is fitted to
 
 
-def write_displacement(path: str | Path, u: Float[np.ndarray, "d h w 3"], fixed: Volume, moving: Volume) -> None:
-    """Writes u (D, H, W, 3), voxels of the fixed grid with moved(x) = moving(x + u(x)), as an ITK displacement field.
+@dataclass(frozen=True, eq=False)
+class Field:
+    """Points moved by a field of vectors: p -> p + displacement(p), all in RAS mm.
 
-    The file is read back and compared before it takes its name. Raises BadInput where the fixed affine is sheared,
-    which ITK cannot represent, or where the file cannot be written.
+    `affine` takes the voxels of `displacement` (D, H, W, 3) to RAS mm; between voxels it is linear, beyond the faces it
+    has its border value.
     """
-    if u.shape[:3] != fixed.array.shape:
-        raise ValueError(f"the displacement has shape {u.shape}, but {fixed.path} has {fixed.array.shape}")
-    if not np.isfinite(u).all():
-        raise ValueError(f"the displacement for {fixed.path} has NaN or infinite values")
-    header = nib.nifti1.Nifti1Header()
-    header.set_qform(fixed.affine, code=1)
-    affine = header.get_qform()  # as rotation and spacing, the only grids that ITK knows
-    if corner_distance(fixed.array.shape, affine, fixed.array.shape, fixed.affine) > TOLERANCE_MM:
-        raise BadInput(f"{fixed.path} has a sheared affine, which ITK fields cannot have; resample it to right angles.")
-    header.set_sform(affine, code=1)
-    header.set_xyzt_units("mm")
-    header.set_intent("vector")
-    field = to_world(u, affine, moving.affine) * RAS_TO_LPS
-    path = Path(path)
-    with replacing_nifti(path) as partial:
-        nib.nifti1.Nifti1Image(field[:, :, :, None], None, header).to_filename(partial)
-        error = np.abs(read_displacement(partial, fixed, moving) - u).max()
-        if error > 1e-3:
-            raise RuntimeError(f"{path} reads back {error:g} voxels away from what was written")
+
+    displacement: Float[np.ndarray, "d h w 3"]
+    affine: Matrix
 
 
-def read_displacement(path: str | Path, fixed: Volume, moving: Volume) -> Float32[np.ndarray, "d h w 3"]:
-    """The displacement u (D, H, W, 3), in voxels, of an ITK displacement field that lies on the fixed grid.
+Step = Matrix | Field
+Transform = Sequence[Step]
 
-    Raises BadInput where the file is no such field, lies on another grid or has non-finite values.
+
+def carried(points: Points, transform: Transform) -> Points:
+    """The points (n, 3), in RAS mm, where the transform takes them."""
+    for step in transform:
+        points = points + displaced(points, step) if isinstance(step, Field) else apply_affine(step, points)
+    return points
+
+
+def displaced(points: Points, field: Field) -> Points:
+    """The vectors (n, 3) in mm that a field has at the points."""
+    shape = np.array(field.displacement.shape[:3])
+    voxels = np.clip(apply_affine(np.linalg.inv(field.affine), points), 0, shape - 1).T
+    return np.stack(
+        [
+            ndimage.map_coordinates(field.displacement[..., axis], voxels, np.float64, order=1, mode="nearest")
+            for axis in range(3)
+        ],
+        axis=-1,
+    )
+
+
+def inverted(points: Points, transform: Transform) -> tuple[Points, Float64[np.ndarray, " n"]]:
+    """The points that the transform takes to these, and how far from these it takes them, in mm.
+
+    A field is inverted by p <- p + M^-1 (q - T(p)) at each point (Chen et al., Med Phys 2008), M being its affine part,
+    so that fields which hold a large affine map have an inverse too. Where there is none, as in a fold, the error stays
+    above INVERSE_TOLERANCE of the field's smallest voxel side.
     """
-    path = Path(path)
-    image = open_nifti(path)
-    shape = fixed.array.shape
-    if len(image.shape) != 5 or image.shape[3:] != (1, 3) or image.header["intent_code"] != VECTOR:
-        found = f"has shape {image.shape} and intent code {image.header['intent_code']}"
-        raise BadInput(f"{path} {found} and is no ITK displacement field (X, Y, Z, 1, 3) of intent {VECTOR}; give one.")
-    if image.shape[:3] != shape:
-        found = f"has {image.shape[:3]} voxels where {fixed.path} has {shape}"
-        raise BadInput(f"{path} {found}; give the field of this fixed image.")
-    distance = corner_distance(shape, image.affine, shape, fixed.affine)
-    if distance > TOLERANCE_MM:
-        raise BadInput(f"{path} lies {distance:.3g} mm away from {fixed.path}; give the field of this fixed image.")
-    field = read_voxels(image, path)[:, :, :, 0]
-    if not np.isfinite(field).all():
-        raise BadInput(f"{path} has {np.count_nonzero(~np.isfinite(field))} NaN or infinite values; write it again.")
-    return from_world(field * RAS_TO_LPS, image.affine, moving.affine)
+    found = points
+    for step in reversed(transform):
+        found = _inverted_field(found, step) if isinstance(step, Field) else apply_affine(np.linalg.inv(step), found)
+    return found, np.linalg.norm(carried(found, transform) - points, axis=1)
+
+
+def affine_part(field: Field) -> Float64[np.ndarray, "4 4"]:
+    """The affine map nearest to a field, by least squares over its voxels, RAS mm to RAS mm."""
+    shape = field.displacement.shape[:3]
+    stride = max(1, int(np.ceil((np.prod(shape) / FITTED) ** (1 / 3))))
+    voxels = np.stack(np.meshgrid(*(np.arange(0, n, stride) for n in shape), indexing="ij"), axis=-1)
+    points = apply_affine(field.affine, voxels.reshape(-1, 3))
+    ends = points + field.displacement[::stride, ::stride, ::stride].reshape(-1, 3)
+    # About their middle, in units of their reach: a grid far from the origin is as well fitted, whatever its unit.
+    middle = points.mean(axis=0)
+    reach = np.abs(points - middle).max() or 1.0
+    known = np.column_stack([(points - middle) / reach, np.ones(len(points))])
+    fitted = np.linalg.lstsq(known, ends - points, rcond=None)[0]
+    matrix = np.eye(4)
+    matrix[:3, :3] += fitted[:3].T / reach
+    matrix[:3, 3] = fitted[3] - fitted[:3].T @ middle / reach
+    return matrix
+
+
+def _inverted_field(points: Points, field: Field) -> Points:
+    back = np.linalg.inv(affine_part(field))
+    tolerance = INVERSE_TOLERANCE * min(spacing(field.affine))
+    found = apply_affine(back, points)
+    going = np.arange(len(points))
+    for _ in range(INVERSE_ITERATIONS):
+        here = found[going]
+        error = points[going] - here - displaced(here, field)
+        wrong = np.linalg.norm(error, axis=1) > tolerance
+        going, error = going[wrong], error[wrong]
+        if not going.size:
+            break
+        found[going] += error @ back[:3, :3].T
+    return found

@@ -7,7 +7,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from dilformer_jax.io.geometry import corner_distance
-from dilformer_jax.io.transforms import read_displacement, write_displacement
+from dilformer_jax.io.itk import read_displacement, write_displacement
 from dilformer_jax.io.volumes import BadInput, Volume, read_image, write_image
 
 SHAPE = (18, 22, 20)
@@ -114,7 +114,7 @@ def test_a_field_written_by_itk_is_read(tmp_path):
 def test_a_file_that_reads_back_otherwise_is_never_named(tmp_path, monkeypatch):
     fixed = volume(tmp_path / "fixed.nii", GRIDS["RAS"], seed=1)
     u = smooth_displacement(7)
-    monkeypatch.setattr("dilformer_jax.io.transforms.read_displacement", lambda *_: u + np.float32(0.01))
+    monkeypatch.setattr("dilformer_jax.io.itk.read_displacement", lambda *_: u + np.float32(0.01))
     with pytest.raises(RuntimeError, match=r"field.nii reads back 0.01"):
         write_displacement(tmp_path / "field.nii", u, fixed, fixed)
     assert [path.name for path in tmp_path.iterdir()] == ["fixed.nii"]
