@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Further packages to install with the tests, e.g. `make test PEERS=torch` for the comparisons with PyTorch.
 PEERS ?=
+# Processes that share the tests: nearly all of the time is a compiler's, which uses one core.
+WORKERS ?= 2
 RUN := .venv/bin/python
 # On Linux the large arrays of a training step come in huge pages then; elsewhere it means nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -25,7 +27,7 @@ test: .venv/installed-for-tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv

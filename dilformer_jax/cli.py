@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags  # type: ignore[import-untyped]
 
 from dilformer_jax.io import executables
+from dilformer_jax.io.headers import Reading
 from dilformer_jax.io.volumes import BadInput
 
 if TYPE_CHECKING:
@@ -37,7 +38,13 @@ class Arguments(argparse.ArgumentParser):
 def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:
     """The options of which `refinement` makes a Refinement."""
     parser.add_argument("--refine", type=int, metavar="N", help=f"steps of instance optimisation ({default})")
-    parser.add_argument("--diffeomorphic", action="store_true", help="refine by a velocity, which hardly folds")
+    parser.add_argument("--diffeomorphic", action="store_true", help="refine by a velocity, which does not fold")
+    parser.add_argument(
+        "--similarity",
+        choices=("lncc", "mind", "nmi"),
+        help="what refining makes alike: lncc (by default) for one contrast, mind or nmi for two",
+    )
+    parser.add_argument("--regulariser", choices=("diffusion", "bending"), help="what smooths (by default diffusion)")
 
 
 def refinement(options: argparse.Namespace, *, alone: bool = False) -> "Refinement | None":
@@ -48,13 +55,40 @@ def refinement(options: argparse.Namespace, *, alone: bool = False) -> "Refineme
     from dilformer_jax.registration.refine import Refinement  # with JAX, for which --help need not wait
 
     steps = Refinement.steps if alone and options.refine is None else options.refine
+    how = {name: getattr(options, name) for name in ("diffeomorphic", "similarity", "regulariser")}
+    given = {name: value for name, value in how.items() if value}
     if steps is None:
-        if options.diffeomorphic:
-            raise BadInput("--diffeomorphic says how to refine; give --refine N with it.")
+        if given:
+            raise BadInput(f"--{next(iter(given))} says how to refine; give --refine N with it.")
         return None
     if steps < 0 or (alone and steps == 0):
         raise BadInput(f"--refine is {steps}; give {int(alone)} or more steps, 50 for example.")
-    return Refinement(steps, options.diffeomorphic)
+    return Refinement(steps, **given)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """The options of which `reading` makes a Reading, and --assume-same-grid for labels and their image."""
+    parser.add_argument("--prefer", choices=("sform", "qform"), help="which holds where a header's two places differ")
+    parser.add_argument(
+        "--assume-affine",
+        nargs="?",
+        const="RAS",
+        type=str.upper,
+        metavar="AXES",
+        help="how the axes of images run whose headers do not say (RAS): header's voxel sizes, middle at the origin",
+    )
+    parser.add_argument("--frame", type=int, metavar="N", help="which frame of 4-D images to read, counted from 0")
+    parser.add_argument(
+        "--nan", choices=("error", "zero"), default="error", help="refuse NaN and infinite voxels (error), or read 0"
+    )
+    parser.add_argument(
+        "--assume-same-grid", action="store_true", help="labels lie where their image lies, whatever their header says"
+    )
+
+
+def reading(options: argparse.Namespace) -> Reading:
+    """How the command line wants images to be read. Raises BadInput for letters that are no axes."""
+    return Reading(options.prefer, options.assume_affine, options.frame, options.nan)
 
 
 def run(main: Callable[[ConfigDict, Path], None], argv: Sequence[str] | None = None) -> None:
@@ -105,7 +139,7 @@ def _experiment(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
     known, overrides = parser.parse_known_args(argv[1:])
     if known.workdir.exists() and not known.workdir.is_dir():
         raise BadInput(f"--workdir {known.workdir} is a file; give a folder.")
-    return _overridden(parser, load_config(known.config), overrides, known.config), known.workdir
+    return overridden(parser, load_config(known.config), overrides, known.config), known.workdir
 
 
 def load_config(source: str) -> ConfigDict:
@@ -127,8 +161,8 @@ def load_config(source: str) -> ConfigDict:
     return config
 
 
-def _overridden(parser: Arguments, config: ConfigDict, overrides: list[str], source: str) -> ConfigDict:
-    """The config, locked, with `--config.key=value` set."""
+def overridden(parser: Arguments, config: ConfigDict, overrides: list[str], source: str) -> ConfigDict:
+    """The config, locked, with `--config.key=value` set. Raises BadInput for any other of the `overrides`."""
     for argument in overrides:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if match:

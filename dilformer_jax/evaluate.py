@@ -133,7 +133,7 @@ def _ranges(labels: Sequence[int]) -> str:
 def _method(options: argparse.Namespace) -> "Method":
     """What the command line names to be scored; given a workdir and a method, that method on the run's pairs."""
     from dilformer_jax.registration.evaluation import method_of
-    from dilformer_jax.registration.pipeline import load_predictor
+    from dilformer_jax.registration.predictor import load_predictor
 
     refinement = cli.refinement(options)
     if options.method == "identity":
@@ -145,7 +145,7 @@ def _method(options: argparse.Namespace) -> "Method":
 
 def _protocol(options: argparse.Namespace) -> tuple[str, tuple[Pair, ...], tuple[int, ...]]:
     """Name, pairs and labels: those that the command line names, or the validation split of the workdir's own data."""
-    from dilformer_jax.registration.pipeline import read_config
+    from dilformer_jax.registration.predictor import read_config
 
     if options.weights and (options.method or options.workdir):
         raise BadInput("--weights says what to evaluate; leave out --workdir and --method.")
@@ -174,7 +174,7 @@ def _protocol(options: argparse.Namespace) -> tuple[str, tuple[Pair, ...], tuple
 def _dataset_options(kind: str, config: Mapping[str, Any] | None, weights: Path | None) -> dict[str, Any]:
     """With what options the network's own training read this data set, so that its splits are the same ones."""
     from dilformer_jax.models import bundle
-    from dilformer_jax.registration.pipeline import keywords
+    from dilformer_jax.registration.predictor import keywords
 
     if config is not None and config["data"]["name"] == kind:
         return config["data"]["options"]

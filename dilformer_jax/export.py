@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     from dilformer_jax.data.pipeline import common_grid
     from dilformer_jax.data.preprocessing import resolved
     from dilformer_jax.models import bundle
-    from dilformer_jax.registration.pipeline import read_config
+    from dilformer_jax.registration.predictor import read_config
     from dilformer_jax.training import checkpoint
 
     config = read_config(options.workdir)

@@ -1,29 +1,28 @@
-"""Registers a moving image to a fixed image: two NIfTI files in, a folder of results out."""
+"""Registers a moving image to a fixed image: two NIfTI files in, a folder of results out.
+
+The command; for Python this module is at the same time the function `dilformer_jax.register`, see `api.registered`.
+"""
 
 import argparse
-import dataclasses
 import functools
 import importlib.util
-import time
+import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from dilformer_jax import cli
+from dilformer_jax.api import How, carry_out, read, registered
+from dilformer_jax.data import sources
+from dilformer_jax.data.sources import Pair, Subject
 from dilformer_jax.io.folders import staged
-from dilformer_jax.io.geometry import orientation, spacing
-from dilformer_jax.io.itk import write_displacement
-from dilformer_jax.io.volumes import BadInput, Volume, normalise, read_image, read_labels, write_image, write_labels
-from dilformer_jax.reporting import html, provenance, tables
+from dilformer_jax.io.headers import BadInput
+from dilformer_jax.reporting import provenance
 
-if TYPE_CHECKING:
-    from dilformer_jax.registration.pipeline import Predictor, Registration
-
-CONVENTION = """\
-field.nii.gz takes a point p of the fixed image, in mm, to p + field(p) of the moving image: ANTs and ITK resample the
-moving image onto the fixed grid with it as it is (LPS mm, both headers included). inverse_field.nii.gz goes back."""
-
-OPTIONAL = ("moved_labels.nii.gz", "report.html")
+FOLDED = 3  # the exit code where more is folded than --max-folding allows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,148 +32,161 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """All of it, on the command line's options."""
-    # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
-    import jax
-
-    from dilformer_jax.registration import refine
-    from dilformer_jax.registration.pipeline import check_pair, load_predictor, register
-
-    # Everything that can be wrong with the input is found here, before any work and any output.
+    one = options.fixed is not None and options.moving is not None
+    if one == (options.pairs is not None) or (options.pairs and (options.fixed or options.moving)):
+        raise BadInput("Nothing to register, or too much; give --fixed and --moving, or --pairs.")
+    alone = [name for name in ("fixed_labels", "moving_labels", "fixed_mask", "moving_mask") if getattr(options, name)]
+    if options.pairs and alone:
+        raise BadInput(f"--{alone[0].replace('_', '-')} belongs to one pair; --pairs has a column for labels.")
+    if options.shard != (1, 1) and not options.pairs:
+        raise BadInput("--shard divides the pairs of --pairs; leave it out for one pair.")
     if options.report and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--report draws with matplotlib, which is not installed: pip install 'dilformer-jax[plot]'.")
-    fixed, moving = read_image(options.fixed), read_image(options.moving)
-    fixed_labels = None if options.fixed_labels is None else read_labels(options.fixed_labels)
-    moving_labels = None if options.moving_labels is None else read_labels(options.moving_labels)
-    check_pair(fixed, moving, fixed_labels, moving_labels)
-    alone = options.weights is None and options.workdir is None
-    predictor = None if alone else load_predictor(options.weights, options.workdir)
-    refinement = cli.refinement(options, alone=alone)
-    if predictor is not None:
-        predictor.check_shape(fixed.array.shape, fixed.path)
-    if refinement is not None:
-        refine.check_shape(fixed.array.shape, fixed.path)
-    warnings = [] if predictor is None else _unlike_training(predictor, fixed)
+    how = _how(options, command)
+    if options.pairs:
+        _register_all(options, how)
+        return
+    labels = options.fixed_labels, options.moving_labels
+    pair = Pair(
+        *(Subject(path.name, path, seg) for path, seg in zip((options.fixed, options.moving), labels, strict=True))
+    )
+    told = _register_one(pair, options.output, how, (options.fixed_mask, options.moving_mask))
+    from dilformer_jax.reporting import outputs
 
-    with staged(options.output, OPTIONAL) as folder:
-        start = time.perf_counter()
-        if predictor is not None:
-            predictor.compile(fixed.array.shape, fixed.path)
-        if refinement is not None:
-            refine.compiled(fixed.array.shape, refinement, predictor is not None)
-        compiling = time.perf_counter() - start
-        result = register(fixed, moving, predictor, fixed_labels, moving_labels, refinement)
-        seconds = result.metrics["seconds"]
-        seconds |= {"cold": compiling + seconds["displacement"], "warm": seconds["displacement"]}
-
-        write_image(folder / "moved.nii.gz", result.moved, fixed)
-        if result.moved_labels is not None:
-            write_labels(folder / "moved_labels.nii.gz", result.moved_labels, fixed)
-        write_displacement(folder / "field.nii.gz", result.displacement, fixed, moving)
-        write_displacement(folder / "inverse_field.nii.gz", result.inverse, moving, fixed)
-        if options.report:
-            _write_report(folder / "report.html", fixed, moving, result, fixed_labels)
-        volumes = (fixed, moving, fixed_labels, moving_labels)
-        run = {
-            "command": command,
-            "versions": provenance.versions(),
-            "backend": jax.default_backend(),
-            "device": jax.devices()[0].device_kind,
-            "network": None if predictor is None else predictor.name,
-            "parameters_sha256": None if predictor is None else predictor.sha256,
-            "refinement": None if refinement is None else dataclasses.asdict(refinement),
-            "inputs_sha256": provenance.inputs(volume.path for volume in volumes if volume is not None),
-            "convention": CONVENTION.replace("\n", " "),
-            "warnings": warnings,
-            "metrics": result.metrics,
-            "outputs": sorted([path.name for path in folder.iterdir()] + ["run.json"]),
-        }
-        tables.write_json(folder / "run.json", run)
-
-    for warning in warnings:
+    for warning in told["warnings"]:
         print(f"Warning: {warning}")
-    print(tables.plain(_summary(result), ["measure", "before", "after"]), end="")
-    print(f"\n{CONVENTION}\nWritten to {options.output}: {', '.join(run['outputs'])}")
+    print(outputs.summary(told["metrics"]), end="")
+    print(f"\n{outputs.CONVENTION}\nWritten to {options.output}: {', '.join(told['outputs'])}")
+    if told["metrics"]["folding_percent"] > options.max_folding:
+        print(f"More than --max-folding {options.max_folding:g} % is folded.", file=sys.stderr)
+        sys.exit(FOLDED)
 
 
 def _parser() -> cli.Arguments:
     parser = cli.Arguments(prog="dilformer register", description=__doc__)
-    parser.add_argument("--fixed", type=Path, required=True, help="the image that stays, .nii or .nii.gz")
-    parser.add_argument("--moving", type=Path, required=True, help="the image to warp, on the same grid")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--fixed", type=Path, help="the image that stays, of any shape, spacing and orientation")
+    parser.add_argument("--moving", type=Path, help="the image to warp, likewise")
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="CSV",
+        help="many pairs: fixed,moving,fixed_labels,moving_labels; goes on where it was stopped",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for the results; with --pairs one in it for each"
+    )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="K/N",
+        help="of --pairs the Kth of N parts, for as many processes",
+    )
     network = parser.add_mutually_exclusive_group()
     network.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
     network.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
+    parser.add_argument(
+        "--affine",
+        default="auto",
+        metavar="auto|search|none|FILE",
+        help="alignment beforehand: found; found from all 24 turns; none, as the headers say; read from a file",
+    )
     cli.add_refinement(parser, "without a network 50")
     parser.add_argument("--fixed-labels", type=Path, help="label map of the fixed image, to measure Dice by")
     parser.add_argument("--moving-labels", type=Path, help="label map of the moving image, warped too")
+    parser.add_argument("--fixed-mask", type=Path, help="where the fixed image's brain is; nothing else is looked at")
+    parser.add_argument("--moving-mask", type=Path, help="the same of the moving image")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=("fsl", "freesurfer", "voxel"),
+        default=(),
+        help="further files of the transform",
+    )
     parser.add_argument("--report", action="store_true", help="write report.html with pictures")
+    parser.add_argument(
+        "--max-folding",
+        type=float,
+        default=np.inf,
+        metavar="PERCENT",
+        help=f"end with exit code {FOLDED} where more is folded",
+    )
+    cli.add_reading(parser)
     return parser
 
 
-def _unlike_training(predictor: "Predictor", fixed: Volume) -> list[str]:
-    """What this pair's grid has that the training images had not: the network may do badly there."""
-    if predictor.grid is None:
-        return []
-    found = {
-        # Pickles, which have no orientation, say nothing to compare with.
-        "orientation": (orientation(fixed.affine), predictor.grid["orientation"] or orientation(fixed.affine)),
-        "spacing in mm": (
-            [round(x, 2) for x in spacing(fixed.affine)],
-            [round(float(x), 2) for x in predictor.grid["spacing_mm"]],
-        ),
-    }
-    return [
-        f"{fixed.path} has {what} {its} where the network was trained with {known}; the result may be poor."
-        for what, (its, known) in found.items()
-        if its != known
-    ]
+def _shard(text: str) -> tuple[int, int]:
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole such as 1/4")
+    return int(first), int(last)
 
 
-def _summary(result: "Registration") -> list[dict[str, Any]]:
-    found = result.metrics
-    rows: list[dict[str, Any]] = []
-    if "dice" in found:
-        structures = len(found["dice_per_label"])
-        rows.append(
-            {"measure": f"Dice, {structures} structures", "before": found["dice_before"], "after": found["dice"]}
+def _how(options: argparse.Namespace, command: str) -> How:
+    # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
+    from dilformer_jax.registration.predictor import load_predictor
+
+    alone = options.weights is None and options.workdir is None
+    refinement = cli.refinement(options, alone=alone)
+    predictor = None if alone else load_predictor(options.weights, options.workdir)
+    known = options.affine in ("auto", "search", "none")
+    if not known and not Path(options.affine).is_file():
+        raise BadInput(f"--affine {options.affine} is no file; give auto, search, none or a file with an affine.")
+    reading, same = cli.reading(options), options.assume_same_grid
+    return How(predictor, refinement, options.affine, tuple(options.formats), options.report, reading, same, command)
+
+
+def _register_one(
+    pair: Pair, output: Path, how: How, masks: tuple[Path | None, Path | None] = (None, None)
+) -> dict[str, Any]:
+    """Reads a pair, registers it and writes its folder; returns its record."""
+    # Everything that can be wrong with the input is found here, before any work and any output.
+    images, labels = (pair.fixed.image, pair.moving.image), (pair.fixed.labels, pair.moving.labels)
+    inputs = read(how, images, labels, masks)
+    from dilformer_jax.reporting import outputs
+
+    with staged(output, outputs.OPTIONAL) as folder:
+        result = carry_out(how, inputs, distances=how.report)
+        files = provenance.inputs(path for path in (*images, *labels, *masks) if path is not None)
+        record = {"command": how.command, "settings": how.settings, "inputs_sha256": files}
+        return outputs.write(
+            folder, result, formats=how.formats, labels=inputs.labels, report=how.report, record=record
         )
-    rows.append({"measure": "correlation", "before": found["correlation_before"], "after": found["correlation"]})
-    for measure, key in (
-        ("folded voxels [%]", "folding_percent"),
-        ("displacement, mean [mm]", "displacement_mean_mm"),
-        ("displacement, 95th percentile [mm]", "displacement_p95_mm"),
-        ("inverse error, mean [mm]", "inverse_mean_mm"),
-        ("inverse error, 99th percentile [mm]", "inverse_p99_mm"),
-        ("inverse error, largest [mm]", "inverse_max_mm"),
-    ):
-        rows.append({"measure": measure, "after": found[key]})
-    for measure, key in (("first prediction [s]", "cold"), ("next prediction [s]", "warm")):
-        rows.append({"measure": measure, "after": found["seconds"][key]})
-    return rows
 
 
-def _write_report(path: Path, fixed: Volume, moving: Volume, result: "Registration", labels: Volume | None) -> None:
-    from dilformer_jax.registration.pipeline import warp_image
-    from dilformer_jax.reporting import figures
+def _register_all(options: argparse.Namespace, how: How) -> None:
+    """The pairs of a table, each into its folder, and the page that indexes them."""
+    from dilformer_jax.registration import batch
+    from dilformer_jax.reporting import outputs
 
-    # Differences show the anatomy only where both images have one range.
-    still, other = (normalise(volume.array, "minmax") for volume in (fixed, moving))
-    figure = figures.registration(
-        still,
-        other,
-        warp_image(other, result.displacement),
-        result.displacement,
-        fixed_labels=None if labels is None else labels.array,
-        moved_labels=result.moved_labels,
-        spacing=spacing(fixed.affine),
-        orientation=orientation(fixed.affine),
-    )
-    sections = [
-        html.Section("Pictures", f"Fixed: {fixed.path}\nMoving: {moving.path}", figure=figures.png(figure)),
-        html.Section("Figures", CONVENTION.replace("\n", " "), _summary(result)),
-    ]
-    html.report(path, f"{moving.path.name} to {fixed.path.name}", sections)
+    dataset = sources.pairs_csv(options.pairs)
+    pairs = sources.split(dataset, "test")
+    options.output.mkdir(parents=True, exist_ok=True)
+    counts: dict[str, int] = {}
+    job = lambda pair, folder: _register_one(pair, folder, how)
+    mine = len(pairs[options.shard[0] - 1 :: options.shard[1]])
+    for number, outcome in enumerate(batch.run(pairs, options.output, job, how.settings, options.shard), 1):
+        counts[outcome.kind] = counts.get(outcome.kind, 0) + 1
+        print(
+            f"[{number}/{mine}] {outcome.pair.name}: {outcome.kind}. {outcome.sentence}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
+    outputs.write_index(options.output, pairs)
+    print(f"{', '.join(f'{count} {kind}' for kind, count in counts.items())}. See {options.output / 'index.html'}.")
+    if "failed" in counts:
+        sys.exit(1)
+    if "refused" in counts:
+        sys.exit(2)
 
+
+class _Function(types.ModuleType):
+    """A module that is called: `dilformer_jax.register` is the command's module and the function of that name alike."""
+
+    __call__ = staticmethod(registered)
+
+
+sys.modules[__name__].__class__ = _Function
 
 if __name__ == "__main__":
     main()

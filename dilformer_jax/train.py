@@ -21,7 +21,7 @@ from dilformer_jax.reporting import provenance, tables
 from dilformer_jax.training import logs
 
 if TYPE_CHECKING:
-    from dilformer_jax.registration.pipeline import Predictor
+    from dilformer_jax.registration.predictor import Predictor
 
 RECORD = "run.json"
 # What may change between two starts of one run: where the data lie, how they are read, in how much memory and on which
@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     from dilformer_jax import models
     from dilformer_jax.data import pipeline
     from dilformer_jax.registration import evaluation
-    from dilformer_jax.registration.pipeline import Predictor, keywords
+    from dilformer_jax.registration.predictor import Predictor, keywords
     from dilformer_jax.reporting import figures
     from dilformer_jax.training import checkpoint, feeding, parallel, state
 

@@ -1,14 +1,22 @@
-"""Shared fixtures: simulated devices, the real brains where they are, one compilation cache for the whole run."""
+"""Shared fixtures: simulated devices, the real brains where they are, training runs that are made once."""
 
+import fcntl
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+import training_runs as runs
 
 # Before JAX starts: four simulated devices, so that the sharded step is tested everywhere, and a compiler that does not
 # optimise what runs once.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", runs.compiler(devices=4))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="dilformer-tests-"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dilformer-tests-")
+# Each of pytest-xdist's workers has a folder of its own: JAX writes an entry while another may read it already.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += "/" + os.environ["PYTEST_XDIST_WORKER"]
 
 import pytest
 from absl import flags
@@ -26,43 +34,74 @@ def shared_data() -> Path:
     return DATA
 
 
+# The files that take longest, which pytest-xdist's workers begin with, so that none is left with one at the end.
+LONGEST = "train", "step", "multihost", "configs", "models", "slabs", "refine", "registration", "benchmark"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 # --- Runs of the training command that several test files look at, each made once ---
-# Imported where they are made: pytest has then begun to check the shapes of what is imported.
+# By whichever of pytest-xdist's workers asks first, while others wait. Imported where they are made: pytest has then
+# begun to check the shapes of what is imported.
 
 
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """once(name, make) is the folder of this name, which make(folder) has filled."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def filled(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = common / name, common / f"{name}.done"
+        with (common / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return filled
+
+
+@pytest.fixture(scope="session")
+def phantoms(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The phantoms of `demo.py:tiny`."""
     from dilformer_jax.data import sources
 
-    folder = tmp_path_factory.mktemp("phantoms")
-    sources.phantoms(folder, train=2, validation=2, shape=(32, 32, 32), seed=0)
-    return folder
+    return once("phantoms", lambda folder: sources.phantoms(folder, train=2, validation=2, shape=(32, 32, 32), seed=0))
 
 
 @pytest.fixture(scope="session")
-def workdir(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+def workdir(once: Callable[[str, Callable[[Path], object]], Path], phantoms: Path) -> Path:
     """The workdir of a run of `training_runs.WHOLE` that nothing disturbed."""
-    import training_runs as runs
-
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    runs.finish(runs.start(runs.training(folder, phantoms, *runs.WHOLE)))
-    return folder
+    return once("whole", lambda folder: runs.finish(runs.start(runs.training(folder, phantoms, *runs.WHOLE))))
 
 
 @pytest.fixture(scope="session")
-def devices(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> dict[int, Path]:
+def devices(once: Callable[[str, Callable[[Path], object]], Path], phantoms: Path) -> dict[int, Path]:
     """Workdirs of `training_runs.FIVE`, by the number of devices; of four, two share each volume."""
-    import training_runs as runs
 
-    found = {count: tmp_path_factory.mktemp("devices") / str(count) for count in (1, 4)}
-    # Side by side: most of their time is a compiler's, which uses one core.
-    starts = (
-        runs.start(
-            runs.training(path, phantoms, *runs.FIVE, f"--config.space={2 if count > 1 else 1}"),
-            env=runs.environment(count),
+    def train(folder: Path) -> None:
+        # Side by side: most of their time is a compiler's, which uses one core.
+        starts = (
+            runs.start(
+                runs.training(folder / str(count), phantoms, *runs.FIVE, f"--config.space={2 if count > 1 else 1}"),
+                env=runs.environment(count),
+            )
+            for count in (1, 4)
         )
-        for count, path in found.items()
-    )
-    runs.finish(*starts)
-    return found
+        runs.finish(*starts)
+
+    folder = once("devices", train)
+    return {count: folder / str(count) for count in (1, 4)}
+
+
+@pytest.fixture(scope="session")
+def inputs(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """What `toys.write_inputs` writes."""
+    import toys
+
+    return once("inputs", toys.write_inputs)

@@ -171,6 +171,50 @@ def test_lncc_does_not_take_rounding_for_structure(border):
     np.testing.assert_allclose([large, thousands], small, atol=1e-3)
 
 
+@pytest.mark.parametrize(("radius", "distance"), [(1, 1), (0, 2)])
+def test_self_similarity_is_that_of_a_loop(radius, distance):
+    """Patch by patch, in float64, the twelve pairs in any order: each of ours is one of the loop's."""
+    volume = image(5, 4, 6) + np.indices((5, 4, 6))[0]  # noisy below, and sloped
+    reach = radius + distance
+    wide = np.pad(volume, reach, mode="edge")
+    sides = [sign * distance * axis for axis in np.eye(3, dtype=int) for sign in (-1, 1)]
+    pairs = [(a, b) for a, b in itertools.combinations(sides, 2) if a @ b == 0]
+
+    def patch(centre):
+        return wide[tuple(slice(c + reach - radius, c + reach + radius + 1) for c in centre)]
+
+    apart = np.array([
+        [((patch(voxel + a) - patch(voxel + b)) ** 2).mean() for a, b in pairs] for voxel in np.ndindex(volume.shape)
+    ])  # fmt: skip
+    noise = apart.mean(1, keepdims=True)
+    noise = np.clip(noise, 1e-3 * noise.mean(), 1e3 * noise.mean())
+    expected = np.exp(-(apart - apart.min(1, keepdims=True)) / noise).reshape(*volume.shape, 12)
+    every = lambda x: [losses.self_similarity(scale * x, radius=radius, distance=distance) for scale in (1.0, 700.0)]
+    found, brighter = compiled(every, np.stack([volume, volume[::-1]])[..., None])
+    order = [np.abs(expected - found[0, ..., i : i + 1]).max((0, 1, 2)).argmin() for i in range(12)]
+    assert sorted(order) == list(range(12))
+    np.testing.assert_allclose(found[0], expected[..., order], atol=1e-5)
+    np.testing.assert_allclose(brighter, found, atol=1e-4)
+    np.testing.assert_allclose(np.sort(found[1]), np.sort(found[0, ::-1]), atol=1e-5)
+
+
+def test_mind_is_blind_to_what_is_dark_and_what_is_bright():
+    fixed = ndimage.gaussian_filter(image(12, 13, 14), 1)
+    moved = np.roll(fixed, 2, 0)
+    negative, constant, aside, difference = compiled(
+        lambda f, m: [
+            losses.mind(f, 1 - 3 * f),
+            losses.mind(0 * f, 0 * f + 1),
+            losses.mind(f, m),
+            ((losses.self_similarity(f) - losses.self_similarity(m)) ** 2).mean(),
+        ],
+        fixed[..., None],
+        moved[..., None],
+    )
+    assert negative == pytest.approx(0, abs=1e-6) and constant == 0
+    assert aside == pytest.approx(difference, rel=1e-5) and aside > 0.02
+
+
 def test_mse():
     fixed, moved = image(2, *SHAPE, 2), image(2, *SHAPE, 2, seed=1)
     value, apart, gradient = compiled(
@@ -215,6 +259,13 @@ def test_diffusion_of_voxels_that_are_no_cubes():
     size = np.array([1.0, 2.0, 4.0])
     found = losses.diffusion(jnp.asarray(linear(SHAPE)), jnp.asarray(size, jnp.float32))
     assert found == pytest.approx(((GRADIENT * size[:, None] / size) ** 2).mean(), rel=1e-5)
+
+
+def test_bending_of_voxels_that_are_no_cubes():
+    size = np.array([1.0, 2.0, 4.0])
+    found = losses.bending(jnp.asarray(quadratic(SHAPE)), jnp.asarray(size, jnp.float32))
+    expected = (HESSIANS * size[:, None, None] / size[:, None] / size) ** 2
+    assert found == pytest.approx(expected.sum((1, 2)).mean(), rel=1e-4)
 
 
 def test_diffusion_of_known_fields():
@@ -384,6 +435,9 @@ def test_losses_refuse_unknown_options(unchecked):
     pair = (jnp.zeros((1, 4, 4, 4, 1)),) * 2
     with pytest.raises(ValueError, match="got 4"):
         losses.lncc(*pair, 4)
+    for wrong in ({"radius": -1}, {"distance": 0}):
+        with pytest.raises(ValueError, match="Patches have a radius of 0 or more"):
+            losses.self_similarity(pair[0], **wrong)
     with pytest.raises(ValueError, match="got 'mirror'"):
         losses.lncc(*pair, 3, border="mirror")
     options: dict[str, Any] = {

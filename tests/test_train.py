@@ -18,11 +18,16 @@ from dilformer_jax.training import checkpoint, logs, state
 
 
 def test_a_killed_run_ends_as_one_never_killed(workdir: Path, tmp_path: Path, phantoms: Path) -> None:
-    """Killed twice: as soon as it has done a step, and between two checkpoints or while one is written."""
+    """Killed twice: before its first checkpoint, and between two checkpoints or while one is written."""
     again = tmp_path / "again"
-    for step in (1, 7):
-        runs.kill(runs.start(runs.training(again, phantoms, *runs.WHOLE)), again, step)
-        assert runs.last_step(again) < runs.STEPS
+    # What the first leaves: a log of the step at the start and of the one after it, and of a third but a half.
+    again.mkdir()
+    for name in ("config.json", "run.json"):
+        shutil.copy(workdir / name, again)
+    begun = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:3]
+    (again / "metrics.jsonl").write_bytes(b"".join(begun)[:-20])
+    runs.kill(runs.start(runs.training(again, phantoms, *runs.WHOLE)), again, 7)
+    assert runs.last_step(again) < runs.STEPS
     # At last from volumes on the device, which are the same.
     (told,) = runs.finish(runs.start(runs.training(again, phantoms, *runs.WHOLE, "--config.data.cache=device")))
     start = int(told.partition("from step ")[2].split()[0])
@@ -168,9 +173,7 @@ def test_a_run_goes_on_only_as_it_began(
     trained(monkeypatch, workdir, data, *settings)
     before = {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
     for override, said in (
-        ("--config.seed=1", "seed=0 and now is given 1"),
         ("--config.optimiser.learning_rate=0.02", "optimiser.learning_rate=0.001 and now is given 0.02"),
-        ("--config.loss.regulariser_weight=3", "loss.regulariser_weight=2.0 and now is given 3.0"),
         # It was given as 0, one for each of these four devices.
         ("--config.batch_size=8", "batch_size=4 and now is given 8"),
     ):
@@ -224,6 +227,20 @@ def test_a_run_of_before_an_option_existed_goes_on_at_its_default(tmp_path: Path
         config.model.options.dtype = "bfloat16"
     with pytest.raises(BadInput, match="was trained with model.options.dtype=float32 and now is given bfloat16"):
         train._write_config(config, tmp_path, resuming=True, writing=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("seed", 1, "seed=0 and now is given 1"), ("loss.regulariser_weight", 3.0, "regulariser_weight=1.0 .* given 3.0")],
+)
+def test_a_run_keeps_what_decides_its_numbers(tmp_path: Path, key: str, value: float, said: str) -> None:
+    config = train.cli.load_config(str(runs.ROOT / "configs" / "demo.py:tiny"))
+    train._write_config(config, tmp_path, resuming=False, writing=True)
+    before = (tmp_path / "config.json").read_bytes()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(BadInput, match=said):
+        train._write_config(config, tmp_path, resuming=True, writing=True)
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_an_option_that_is_left_out_is_a_change_too(tmp_path: Path) -> None:

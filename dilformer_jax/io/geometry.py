@@ -4,6 +4,7 @@ An affine maps voxel indices to RAS mm: world = affine[:3, :3] @ voxel + affine[
 """
 
 import itertools
+from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
@@ -27,6 +28,26 @@ def is_singular(affine: Real[np.ndarray, "4 4"]) -> bool:
     if not np.isfinite(affine).all() or not sizes.all():
         return True
     return bool(abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-6)
+
+
+def is_sheared(affine: Real[np.ndarray, "4 4"]) -> bool:
+    """Whether the array axes stand at other than right angles, by more than 1e-4 rad: a NIfTI qform and ITK cannot."""
+    directions = affine[:3, :3] / np.array(spacing(affine))
+    return bool(np.abs(directions.T @ directions - np.eye(3)).max() > 1e-4)
+
+
+def is_orientation(letters: str) -> bool:
+    """Whether the letters name three array axes as `orientation` does: one each of R or L, A or P, S or I."""
+    return len(letters) == 3 and all(len(set(letters) & set(axis)) == 1 for axis in ("RL", "AP", "SI"))
+
+
+def centred_affine(shape: tuple[int, ...], sizes: Sequence[float], letters: str) -> Float64[np.ndarray, "4 4"]:
+    """The affine of a grid whose middle lies at the origin: voxels of `sizes` mm, axes that point as `letters` say."""
+    turn = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(letters), (1, 1, 1))
+    affine = np.eye(4)
+    affine[:3, :3] = turn[:3, :3] * sizes
+    affine[:3, 3] = -affine[:3, :3] @ (np.array(shape) - 1) / 2
+    return affine
 
 
 def apply_affine(affine: Real[np.ndarray, "4 4"], points: Real[np.ndarray, "*n 3"]) -> Float64[np.ndarray, "*n 3"]:

@@ -4,20 +4,29 @@ A transform takes points of the fixed image to points of the moving image, in RA
 the first acts first; a step is an affine matrix (4, 4) or a `Field`.
 """
 
+import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
-from jaxtyping import Float, Float64, Real
+from jaxtyping import Float, Float32, Float64, Real
 from scipy import ndimage  # type: ignore[import-untyped]
 
-from dilformer_jax.io.geometry import apply_affine, spacing
+from dilformer_jax.io.geometry import apply_affine, corner_distance, spacing
+from dilformer_jax.io.volumes import Volume
+from dilformer_jax.ops.resampling import SLAB, WORKERS
 
 Points = Float64[np.ndarray, "n 3"]
 Matrix = Real[np.ndarray, "4 4"]
 INVERSE_ITERATIONS = 100
 INVERSE_TOLERANCE = 1e-3  # of a field's smallest voxel side
 FITTED = 4096  # voxels of a field, at most, that its affine part is fitted to
+CHECKED = 1000  # points at which a written file is compared with what it should hold
+CHECK_TOLERANCE = 1e-3  # of the grid's smallest voxel side
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +43,17 @@ class Field:
 
 Step = Matrix | Field
 Transform = Sequence[Step]
+
+
+class Grid(NamedTuple):
+    """Where the voxels of a volume of this shape lie: `affine` takes their indices to RAS mm."""
+
+    shape: tuple[int, ...]
+    affine: Matrix
+
+
+def grid_of(place: Volume | Grid) -> Grid:
+    return place if isinstance(place, Grid) else Grid(place.array.shape, place.affine)
 
 
 def carried(points: Points, transform: Transform) -> Points:
@@ -54,6 +74,69 @@ def displaced(points: Points, field: Field) -> Points:
         ],
         axis=-1,
     )
+
+
+def right_angled(grid: Grid) -> tuple[Grid, str]:
+    """The grid as NIfTI's rotation, spacing and offset hold it; where shear keeps them from that, the nearest one that
+    covers it, and a sentence."""
+    header = nib.nifti1.Nifti1Header()
+    header.set_qform(grid.affine, code=1)
+    affine = header.get_qform()
+    sizes = np.array(spacing(grid.affine))
+    if corner_distance(grid.shape, affine, grid.shape, grid.affine) < 0.1 * sizes.min():
+        return Grid(grid.shape, affine), ""
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in grid.shape))))
+    inside = apply_affine(np.linalg.inv(affine) @ grid.affine, corners)
+    first, last = inside.min(axis=0), inside.max(axis=0)
+    shape = tuple(int(n) for n in np.ceil(last - first - 1e-3) + 1)
+    covering = affine.copy()
+    covering[:3, 3] = apply_affine(affine, first)
+    header.set_qform(covering, code=1)
+    by = "x".join(str(n) for n in shape)
+    return Grid(shape, header.get_qform()), (
+        f"the grid is sheared, which this format cannot hold, so the field lies on one of right angles, {by} voxels."
+    )
+
+
+def total_displacement(transform: Transform, grid: Grid) -> Float32[np.ndarray, "d h w 3"]:
+    """What a transform adds to the place of each voxel of a grid, RAS mm; computed in slabs.
+
+    Raises ValueError where that is NaN or infinite.
+    """
+    result = np.empty((*grid.shape, 3), np.float32)
+    flat = result.reshape(-1, 3)
+
+    def fill(first: int) -> None:
+        index = np.arange(first, min(first + SLAB, len(flat)))
+        points = apply_affine(grid.affine, np.stack(np.unravel_index(index, grid.shape), axis=-1))
+        flat[index[0] : index[-1] + 1] = carried(points, transform) - points
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(fill, range(0, len(flat), SLAB)))
+    if not np.isfinite(result).all():
+        raise ValueError(f"the transform has {np.count_nonzero(~np.isfinite(result))} NaN or infinite values")
+    return result
+
+
+def check_agreement(path: Path, found: Transform, wanted: Transform, grid: Grid) -> None:
+    """Raises RuntimeError unless `found`, read back from the file that gets the name `path`, takes 1,000 random voxels
+    of the grid to where `wanted` takes them, to CHECK_TOLERANCE of the smallest voxel side."""
+    voxels = np.random.default_rng(0).integers(0, grid.shape, (CHECKED, 3))
+    points = apply_affine(grid.affine, voxels)
+    distances = np.linalg.norm(carried(points, found) - carried(points, wanted), axis=1)
+    error = float(distances.max()) / min(spacing(grid.affine))
+    if not error <= CHECK_TOLERANCE:
+        raise RuntimeError(f"{path} reads back {error:.3g} voxels away from what was written")
+
+
+def matrix_of(transform: Transform) -> Float64[np.ndarray, "4 4"] | None:
+    """A transform of affine steps alone as one matrix; None where a field is among them."""
+    matrix = np.eye(4)
+    for step in transform:
+        if isinstance(step, Field):
+            return None
+        matrix = step @ matrix
+    return matrix
 
 
 def inverted(points: Points, transform: Transform) -> tuple[Points, Float64[np.ndarray, " n"]]:

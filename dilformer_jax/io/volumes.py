@@ -1,108 +1,189 @@
-"""Read and write NIfTI volumes, with the checks that keep bad input from becoming bad output."""
+"""Read and write volumes, with the checks that keep bad input from becoming bad output.
+
+Readers take a file, NIfTI or FreeSurfer's .mgh and .mgz, or an image that nibabel holds in memory.
+"""
 
 import secrets
-import threading
-import warnings
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float32, Num, Real
-from nibabel.imageglobals import logger as nibabel_logger
+from jaxtyping import Float32, Int, Num, Real
+from nibabel.spatialimages import SpatialImage
 
-from dilformer_jax.io.geometry import corner_distance, is_singular, orientation, spacing
-
-TOLERANCE_MM = 0.1
-LABEL_TYPES = (np.uint8, np.int8, np.int16, np.uint16, np.int32)
-# What nibabel raises on files that are no NIfTI, damaged or too short: it does not tell these apart.
-DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    OverflowError,
-    KeyError,
-    # Other formats than NIfTI, for which nibabel wants packages that are not there.
-    ImportError,
-    nib.tripwire.TripWireError,
-    zlib.error,
-    nib.filebasedimages.ImageFileError,
-    nib.spatialimages.HeaderDataError,
+from dilformer_jax.io.geometry import corner_distance
+from dilformer_jax.io.headers import (
+    ASKING,
+    TOLERANCE_MM,
+    BadInput,
+    Reading,
+    by,
+    described,
+    load,
+    place,
+    read_voxels,
+    settled,
 )
-_one_at_a_time = threading.Lock()
+from dilformer_jax.io.headers import open_nifti as open_nifti  # whoever reads volumes finds it here
 
-
-class BadInput(ValueError):
-    """Input that the user can mend: one sentence naming the file, what was found and what to do."""
+LABEL_TYPES = (np.uint8, np.int8, np.int16, np.uint16, np.int32)
+MOST_LABELS = 512  # of a map in floating point, beyond which it is an image
+# Of a header: where the voxels lie, with the first four of pixdim.
+PLACE = (
+    *("sform_code", "srow_x", "srow_y", "srow_z", "qform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "xyzt_units"),
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """A 3-D image (float32) or label map (int32) and where it lies: affine maps array indices to RAS mm."""
+    """A 3-D image (float32) or label map (int32) and where it lies: affine maps array indices to RAS mm.
+
+    notes: a sentence on each thing that had to be settled in reading it, for the user to see.
+    """
 
     array: Num[np.ndarray, "d h w"]
     affine: Real[np.ndarray, "4 4"]
     path: Path
     header: nib.nifti1.Nifti1Header
+    notes: tuple[str, ...] = ()
 
 
-def read_image(path: str | Path) -> Volume:
-    """An image (D, H, W) as float32. Raises BadInput, also for NaN or infinite voxels and for constant images."""
-    volume = _read(Path(path))
+def read_image(source: str | Path | SpatialImage, reading: Reading = ASKING, name: str = "image") -> Volume:
+    """An image (D, H, W) as float32. Raises BadInput, also for NaN or infinite voxels and for constant images.
+
+    name: what sentences call an image in memory that has no file name.
+    """
+    volume = read_volume(source, reading, name)
     with np.errstate(over="ignore"):
-        array = np.array(volume.array, np.float32)
-    _check_finite(array, volume.path)
+        volume = finite(replace(volume, array=np.array(volume.array, np.float32)), reading)
+    array = volume.array
     if array.min() == array.max():
-        raise BadInput(f"{path} is constant (every voxel is {array.flat[0]:g}); give an image that shows something.")
-    return replace(volume, array=array)
-
-
-def read_labels(path: str | Path) -> Volume:
-    """A label map (D, H, W) as int32, after the file's scl_slope. Raises BadInput, also where values are no labels."""
-    volume = _read(Path(path))
-    _check_finite(volume.array, volume.path)
-    array = np.rint(np.array(volume.array, np.float64))
-    # A float32 scl_slope leaves whole numbers whole only to about 1e-7 of their size.
-    fractions = np.count_nonzero(np.abs(array - volume.array) > 1e-3)
-    if fractions:
         raise BadInput(
-            f"{path} has {fractions} voxels with fractions and is no label map; give whole-number labels, "
-            "warped or resampled by nearest neighbour."
+            f"{volume.path} is constant (every voxel is {array.flat[0]:g}); give an image that shows something."
         )
-    largest = np.abs(array).max()
+    return volume
+
+
+def read_labels(source: str | Path | SpatialImage, reading: Reading = ASKING, name: str = "labels") -> Volume:
+    """A label map (D, H, W) as int32, after its scl_slope. Raises BadInput, also where values are no labels."""
+    volume = _whole(finite(read_volume(source, reading, name), reading))
+    largest = max(-int(volume.array.min()), int(volume.array.max()))
     if largest > np.iinfo(np.int32).max:
-        raise BadInput(f"{path} has a label {largest:.0f}, beyond 32 bits; renumber its labels.")
-    return replace(volume, array=array.astype(np.int32))
+        raise BadInput(f"{volume.path} has a label {largest}, beyond 32 bits; renumber its labels.")
+    return replace(volume, array=volume.array.astype(np.int32))
 
 
-def check_same_grid(a: Volume, b: Volume, tolerance_mm: float = TOLERANCE_MM) -> None:
-    """Raises BadInput unless both volumes have one shape and their corner voxels lie within tolerance_mm."""
-    advice = "resample one onto the other's grid first."
+def read_label_ids(
+    source: str | Path | SpatialImage, reading: Reading = ASKING, name: str = "labels"
+) -> tuple[Volume, Int[np.ndarray, " k"]]:
+    """A label map as int32 places (D, H, W) in the list of its ids, and that list, 0 first: labels = ids[places].
+
+    The ids have the file's own type, exactly, 64 bits included, or the smallest integer type that fits where that is
+    floating point. Raises BadInput as read_labels.
+    """
+    volume = _whole(finite(read_volume(source, reading, name), reading))
+    labels = volume.array
+    present = np.unique(labels)
+    present = present[present != 0]
+    places = np.where(labels == 0, 0, np.searchsorted(present, labels) + 1)
+    return replace(volume, array=places.astype(np.int32)), np.concatenate([np.zeros(1, present.dtype), present])
+
+
+def read_volume(source: str | Path | SpatialImage, reading: Reading = ASKING, name: str = "volume") -> Volume:
+    """A volume with its voxels in whatever real type nibabel gives, NaN too. Raises BadInput."""
+    if isinstance(source, SpatialImage):
+        opened, path = source, Path(source.get_filename() or name)
+    else:
+        path = Path(source)
+        opened = load(path)
+    image, notes = settled(opened, path, reading)
+    shape, frame = image.shape, None
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) == 4 and 0 not in shape:
+        frames, shape = shape[3], shape[:3]
+        if reading.frame is None or not 0 <= reading.frame < frames:
+            found = "" if reading.frame is None else f", counted from 0, and no frame {reading.frame}"
+            raise BadInput(
+                f"{path} has {frames} frames{found}; use --frame N with N from 0 to {frames - 1}, or extract one first."
+            )
+        frame, notes = reading.frame, (*notes, f"{path} has {frames} frames; frame {reading.frame} was read.")
+    if len(shape) != 3 or 0 in shape:
+        raise BadInput(f"{path} is {len(image.shape)}-D ({by(image.shape)}); give one 3-D volume.")
+    return Volume(read_voxels(image, path, frame).reshape(shape), image.affine, path, image.header, notes)
+
+
+def check_same_grid(a: Volume, b: Volume, tolerance_mm: float = TOLERANCE_MM, otherwise: str = "") -> None:
+    """Raises BadInput unless both volumes have one shape and their corner voxels lie within tolerance_mm.
+
+    otherwise: what else than to resample the user can do where the shapes are equal, to end the sentence with.
+    """
+    advice = "resample one onto the other's grid first"
     if a.array.shape != b.array.shape:
-        raise BadInput(f"{b.path} has {_by(b.array.shape)} voxels where {a.path} has {_by(a.array.shape)}; {advice}")
+        raise BadInput(f"{b.path} has {by(b.array.shape)} voxels where {a.path} has {by(a.array.shape)}; {advice}.")
     distance = corner_distance(a.array.shape, a.affine, b.array.shape, b.affine)
     if distance > tolerance_mm:
         raise BadInput(
-            f"{b.path} ({_place(b.affine)}) and {a.path} ({_place(a.affine)}) lie on different grids, "
-            f"their corners up to {distance:.3g} mm apart; {advice}"
+            f"{b.path} ({described(b.affine)}) and {a.path} ({described(a.affine)}) lie on different grids, "
+            f"their corners up to {distance:.3g} mm apart; {advice}{otherwise}."
         )
 
 
+def on_grid(labels: Volume, image: Volume, assume_same_grid: bool = False) -> Volume:
+    """The labels, which must lie on the image's grid, or are taken to where that is assumed and the shapes are equal.
+
+    Raises BadInput as check_same_grid.
+    """
+    if not assume_same_grid or labels.array.shape != image.array.shape:
+        check_same_grid(image, labels, otherwise=", or give --assume-same-grid if they match voxel for voxel")
+        return labels
+    distance = corner_distance(image.array.shape, image.affine, image.array.shape, labels.affine)
+    if distance <= TOLERANCE_MM:
+        return labels
+    note = f"{labels.path} lies up to {distance:.3g} mm away from {image.path} and was taken to match it by voxels."
+    return replace(labels, affine=image.affine, header=image.header, notes=(*labels.notes, note))
+
+
+def check_large_enough(volume: Volume, smallest: int) -> None:
+    """Raises BadInput where an axis has fewer voxels than `smallest`."""
+    for axis, count in enumerate(volume.array.shape, 1):
+        if count < smallest:
+            slices = "1 slice" if count == 1 else f"{count} slices"
+            raise BadInput(
+                f"{volume.path} ({by(volume.array.shape)}) is too thin, as axis {axis} has {slices}; 3-D registration "
+                f"needs >= {smallest} on each axis."
+            )
+
+
 def write_image(path: str | Path, array: Num[np.ndarray, "d h w"], like: Volume) -> None:
-    """Writes array (D, H, W) as float32 with the place, codes and units of `like`. Raises BadInput if it cannot."""
+    """Writes array (D, H, W) as float32 with both forms, codes and units of `like`, bit for bit.
+
+    Where `like` was made in memory, both forms get its affine. Raises BadInput if the file cannot be written.
+    """
     _write(Path(path), np.asarray(array, np.float32), like)
 
 
 def write_labels(path: str | Path, array: Num[np.ndarray, "d h w"], like: Volume) -> None:
     """Writes whole-number labels (D, H, W) exactly, in the smallest integer type that fits; else as write_image."""
-    low, high = float(array.min()), float(array.max())
-    fitting = [kind for kind in LABEL_TYPES if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max]
-    if not fitting or (array != np.rint(array)).any():
-        raise ValueError(f"labels must be whole 32-bit numbers, but {path} would get values from {low} to {high}")
-    _write(Path(path), array.astype(fitting[0]), like)
+    fitting = _smallest_type(array)
+    if fitting is None or (array != np.rint(array)).any():
+        raise ValueError(
+            f"labels must be whole 32-bit numbers, but {path} would get values from {array.min()} to {array.max()}"
+        )
+    _write(Path(path), array.astype(fitting), like)
+
+
+def write_label_ids(
+    path: str | Path, places: Int[np.ndarray, "d h w"], ids: Int[np.ndarray, " k"], like: Volume
+) -> None:
+    """Writes the label map ids[places] (D, H, W), as read_label_ids gives them, in the type of ids, 64 bits included;
+    else as write_image.
+    """
+    _write(Path(path), ids[places], like)
 
 
 def normalise(array: Num[np.ndarray, "*shape"], method: str) -> Float32[np.ndarray, "*shape"]:
@@ -156,117 +237,65 @@ def replacing_nifti(path: Path) -> Iterator[Path]:
         yield partial
 
 
-def open_nifti(path: Path) -> nib.nifti1.Nifti1Pair:
-    """The file with its header checked, of any dimension and with its voxels not yet read. Raises BadInput."""
-    if not path.exists():
-        raise BadInput(f"{path} does not exist; check the name.")
-    if path.is_dir():
-        raise BadInput(f"{path} is a directory; give a .nii or .nii.gz file.")
-    with _readable(path), _silent():
-        image = nib.load(path)
-        if not isinstance(image, nib.nifti1.Nifti1Pair):
-            raise BadInput(f"{path} is a {type(image).__name__}; convert it to NIfTI.")
-        forms = {"sform": image.header.get_sform(coded=True)[0], "qform": image.header.get_qform(coded=True)[0]}
-        unit = image.header.get_xyzt_units()[0]
-    if unit in ("meter", "micron"):
-        raise BadInput(f"{path} says that it is measured in {unit}s; convert its header to mm.")
-    _check_forms(path, image.shape, {name: form for name, form in forms.items() if form is not None})
-    return image
+def finite(volume: Volume, reading: Reading) -> Volume:
+    finite = np.isfinite(volume.array)
+    bad = finite.size - np.count_nonzero(finite)
+    if not bad:
+        return volume
+    if reading.nan == "error":
+        raise BadInput(f"{volume.path} has {bad} NaN or infinite voxels; give --nan zero, or replace them first.")
+    note = f"{volume.path} has {bad} NaN or infinite voxels, which were read as 0."
+    return replace(volume, array=np.where(finite, volume.array, 0), notes=(*volume.notes, note))
 
 
-def read_voxels(image: nib.nifti1.Nifti1Pair, path: Path) -> np.ndarray:
-    """The voxels of an opened file after its scl_slope, in a type of nibabel's choice. Raises BadInput."""
-    if image.get_data_dtype().kind not in "iuf":
-        raise BadInput(f"{path} has {image.get_data_dtype()} voxels; give one real number per voxel.")
-    with _readable(path), np.errstate(all="ignore"):
-        return np.asanyarray(image.dataobj)
-
-
-def _read(path: Path) -> Volume:
-    image = open_nifti(path)
-    shape = image.shape[:3]
-    if len(shape) < 3 or 0 in shape or any(n != 1 for n in image.shape[3:]):
+def _whole(volume: Volume) -> Volume:
+    """The label map in an integer type: its own, or the smallest that fits. Raises BadInput where it is none."""
+    array, path = volume.array, volume.path
+    if array.dtype.kind in "iu":
+        return replace(volume, array=array.astype(array.dtype.newbyteorder("="), copy=False))
+    whole = np.rint(array)
+    # A float32 scl_slope leaves whole numbers whole only to about 1e-7 of their size.
+    fractions = np.count_nonzero(np.abs(whole - array) > 1e-3)
+    if fractions:
         raise BadInput(
-            f"{path} is {len(image.shape)}-D ({_by(image.shape)}); give one 3-D volume, e.g. extract a frame first."
+            f"{path} has {fractions} voxels with fractions and is no label map; give whole-number labels, "
+            "warped or resampled by nearest neighbour."
         )
-    return Volume(read_voxels(image, path).reshape(shape), image.affine, path, image.header)
+    distinct = len(np.unique(whole))
+    if distinct > MOST_LABELS:
+        raise BadInput(
+            f"{path} has {distinct} distinct values in floating point, more than {MOST_LABELS}, and looks like an "
+            "image; give its label map, stored as integers."
+        )
+    if np.abs(whole).max() >= 2.0**63:
+        raise BadInput(f"{path} has a label {np.abs(whole).max():.0f}, beyond 64 bits; renumber its labels.")
+    return replace(volume, array=whole.astype(_smallest_type(whole) or np.int64))
+
+
+def _smallest_type(array: np.ndarray) -> type | None:
+    low, high = float(array.min()), float(array.max())
+    return next((kind for kind in LABEL_TYPES if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), None)
+
+
+def nifti(array: Num[np.ndarray, "d h w"], like: Volume) -> nib.nifti1.Nifti1Image:
+    """The array as an image in memory that lies where `like` lies, by the same header fields."""
+    kind = nib.nifti2.Nifti2Image if isinstance(like.header, nib.nifti2.Nifti2Header) else nib.nifti1.Nifti1Image
+    # A fresh header: the reference's description, intensity range and extensions say nothing true of this array.
+    header = kind.header_class()
+    header.set_data_dtype(array.dtype)
+    coded = like.header["sform_code"] or like.header["qform_code"]
+    if coded and np.array_equal(like.header.get_best_affine(), like.affine):
+        for field in PLACE:
+            header[field] = like.header[field]
+        header["pixdim"][:4] = like.header["pixdim"][:4]  # the first is a sign that belongs to the qform
+    else:  # made in memory, or put elsewhere
+        place(header, like.affine)
+        header["xyzt_units"] = like.header["xyzt_units"]
+    return kind(array, header.get_best_affine(), header)
 
 
 def _write(path: Path, array: np.ndarray, like: Volume) -> None:
     if array.shape != like.array.shape:
         raise ValueError(f"{path} would have shape {array.shape}, but {like.path} has {like.array.shape}")
-    # A fresh header: the reference's description, intensity range and extensions say nothing true of this array.
-    header = nib.nifti1.Nifti1Header()
-    header.set_data_dtype(array.dtype)
-    sform_code, qform_code = int(like.header["sform_code"]), int(like.header["qform_code"])
-    header.set_sform(like.affine, code=sform_code or int(not qform_code))  # a volume made in memory may have no code
-    header.set_qform(like.affine, code=qform_code)
-    header.set_xyzt_units(*like.header.get_xyzt_units())
     with replacing_nifti(path) as partial:
-        nib.nifti1.Nifti1Image(array, None, header).to_filename(partial)
-
-
-def _check_forms(path: Path, shape: tuple[int, ...], forms: dict[str, np.ndarray]) -> None:
-    """Refuses a header that does not say, or says twice, where the voxels lie."""
-    if not forms:
-        raise BadInput(
-            f"{path} does not say where it lies (sform and qform code are 0), and programs guess differently; "
-            "set one, e.g. by `fslorient -setsformcode 1`."
-        )
-    for name, form in forms.items():
-        if is_singular(form):
-            raise BadInput(f"{path} has an {name} that cannot be inverted, {form[:3].tolist()}; repair its header.")
-    if len(forms) == 2:
-        sform, qform = forms["sform"], forms["qform"]
-        box = (*shape, 1, 1)[:3]
-        distance = corner_distance(box, sform, box, qform)
-        if distance > TOLERANCE_MM:
-            raise BadInput(
-                f"{path} has sform ({_place(sform)}) and qform ({_place(qform)}) that differ by {distance:.3g} mm, "
-                "and programs disagree on which one holds; make them equal, e.g. by `fslorient -copysform2qform`."
-            )
-
-
-def _check_finite(array: np.ndarray, path: Path) -> None:
-    bad = array.size - np.count_nonzero(np.isfinite(array))
-    if bad:
-        raise BadInput(f"{path} has {bad} NaN or infinite voxels; replace them first, e.g. by 0.")
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Names the file in place of whatever nibabel finds wrong with it."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except PermissionError as error:
-        raise BadInput(f"{path} may not be read (permission denied); change its permissions.") from error
-    except DAMAGE as error:
-        with path.open("rb") as file:
-            start = file.read(2)
-        found = "is damaged, cut short or no NIfTI file"
-        if path.name.endswith(".gz") and start != b"\x1f\x8b":
-            found = "is not compressed by gzip as its name says"
-        raise BadInput(f"{path} {found} ({path.stat().st_size} bytes); copy or convert it again.") from error
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keeps nibabel's remarks on headers to itself: what matters of them is checked here."""
-    # The lock: warning filters and loggers belong to the whole process, and threads read images side by side.
-    with _one_at_a_time, warnings.catch_warnings(action="ignore"):
-        disabled, nibabel_logger.disabled = nibabel_logger.disabled, True
-        try:
-            yield
-        finally:
-            nibabel_logger.disabled = disabled
-
-
-def _place(affine: np.ndarray) -> str:
-    origin = ", ".join(f"{x:g}" for x in affine[:3, 3].round(3))
-    return f"{orientation(affine)}, {_by(f'{x:.4g}' for x in spacing(affine))} mm, first voxel at {origin}"
-
-
-def _by(numbers: Iterable[object]) -> str:
-    return "x".join(str(n) for n in numbers)
+        nifti(array, like).to_filename(partial)

@@ -142,16 +142,22 @@ class DilformerNet(nn.Module):
         *,
         both: bool = False,
         remat: bool = False,
-    ) -> tuple[Array, ...]:
+        inverse: bool = False,
+    ) -> tuple[Array, ...] | tuple[tuple[Array, ...], Array]:
         """Displacements of each level in its own voxels, (b, d / 2^l, h / 2^l, w / 2^l, 3), finest first.
 
         With `both`, one encoding serves both directions: the batch is 2b long, 2i registers moving i to fixed i and 2i
         + 1 fixed i to moving i. With `remat`, the gradient computes each level's features anew instead of keeping them:
-        less memory for more time, the same numbers.
+        less memory for more time, the same numbers. With `inverse`, a pair: the displacements, and the inverse of the
+        finest one on the same grid, exact but for interpolation: a diffeomorphic network's displacement is a chain of
+        exp(v), whose inverse is that of exp(-v) in reverse order.
 
         Raises:
-          ValueError: an axis that is not a multiple of `downsampling`, or heads that do not divide a level's channels.
+          ValueError: an axis that is not a multiple of `downsampling`, heads that do not divide a level's channels, or
+            the inverse of a network that is not diffeomorphic.
         """
+        if inverse and not self.diffeomorphic:
+            raise ValueError("Only a diffeomorphic network knows its inverse; make it with diffeomorphic=True.")
         if any(size % self.downsampling for size in fixed.shape[1:4]):
             raise ValueError(
                 f"This network needs axes that are multiples of {self.downsampling}, got {fixed.shape[1:4]}."
@@ -161,6 +167,7 @@ class DilformerNet(nn.Module):
         displacements: list[Array] = []
         x: Array | None = None
         u: Array | None = None
+        back: Array | None = None
         for level in reversed(range(self.levels)):
             f, m = fixed_pyramid[level], moving_pyramid[level]
             width = f.shape[-1]
@@ -169,6 +176,8 @@ class DilformerNet(nn.Module):
             up = Conv(width, (1, 1, 1), bias=False, name=f"up{level}") if u is not None else None
             if u is not None:
                 u = spatial.resize_displacement(u, f.shape[1:4])
+            if back is not None:
+                back = spatial.resize_displacement(back, f.shape[1:4])
             compared = self.correlation and level > 0
             for recursion in range(self.recursions):
                 if up is None:
@@ -184,12 +193,16 @@ class DilformerNet(nn.Module):
                         )
                         x = rematerialised(lambda mix, x: mix(x), [mix], x, remat=remat)
                 w = rematerialised(lambda head, x: head(x), [head], x, remat=remat)
+                if inverse:
+                    undone = spatial.integrate(-w)
+                    back = undone if back is None else spatial.compose(undone, back)
                 if self.diffeomorphic:
                     w = spatial.integrate(w)
                 u = w if u is None else spatial.compose(u, w)
             assert u is not None
             displacements.append(u)
-        return tuple(reversed(displacements))
+        finest_first = tuple(reversed(displacements))
+        return finest_first if back is None else (finest_first, back)
 
     def _encode(self, fixed, moving, both, remat):
         options = (

@@ -92,6 +92,60 @@ def _window_voxels(x: Image, window: int) -> Float[Array, "d h w 1"]:
     return d[:, None, None, None] * h[:, None, None] * w[:, None]
 
 
+# The six voxels around one, and the six diagonals, up to their sign, that join two of them which are not opposite.
+AROUND = tuple(tuple(sign * int(a == axis) for a in range(3)) for axis in range(3) for sign in (-1, 1))
+DIAGONALS = tuple(d for d in itertools.product((-1, 0, 1), repeat=3) if np.abs(d).sum() == 2 and d > (0, 0, 0))
+
+
+def mind(
+    fixed: Float[Array, "*b d h w 1"], moved: Float[Array, "*b d h w 1"], *, radius: int = 1, distance: int = 1
+) -> Scalar:
+    """The mean squared difference of the `self_similarity` of two images, from 0 to 1: what is left of it does not
+    depend on how their intensities are related. Raises ValueError as that does."""
+    return mse(*(self_similarity(x, radius=radius, distance=distance) for x in (fixed, moved)))
+
+
+def self_similarity(
+    image: Float[Array, "*b d h w 1"], *, radius: int = 1, distance: int = 1
+) -> Float[Array, "*b d h w 12"]:
+    """The self-similarity context of each voxel (MIND-SSC): how alike patches around it are to each other, from 0 to 1
+    for the most alike, after Heinrich et al. (Med. Image Anal. 2012; MICCAI 2013).
+
+    The patches are cubes of 2 · radius + 1 voxels, `distance` voxels off along the axes, of which no two opposite ones
+    are compared: 12 pairs, exp(-(D - smallest D) / V) each, where D is the mean squared difference of two patches and V
+    the mean of the voxel's twelve, no less than a thousandth of its own mean over the volume and no more than a
+    thousand of it. The image is continued by its border value; it does not depend on the scale of its intensities.
+
+    Raises:
+      ValueError: a negative radius, a distance below 1, or a volume split over devices.
+    """
+    if radius < 0 or distance < 1:
+        raise ValueError(f"Patches have a radius of 0 or more and a distance of 1 or more, got {radius}, {distance}.")
+    if slabs.current() is not None:
+        raise ValueError("The self-similarity of a volume split over devices is not computed.")
+    x, reach = image[..., 0].astype(jnp.float32), radius + distance
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(reach, reach)] * 3, mode="edge")
+    distances = []
+    for diagonal in DIAGONALS:
+        # What comes in at the other end is in no patch. Each diagonal joins two pairs: one difference serves both.
+        step = jnp.square(x - jnp.roll(x, [-distance * d for d in diagonal], (-3, -2, -1)))
+        for axis in (-3, -2, -1):
+            size = [1] * x.ndim
+            size[axis] = 2 * radius + 1
+            step = lax.reduce_window(step, 0.0, lax.add, size, (1,) * x.ndim, "VALID")
+        for first in AROUND:
+            if tuple(np.add(first, diagonal)) in AROUND:
+                start = [distance * (1 + a) for a in first]
+                place = [slice(low, low + n) for low, n in zip(start, image.shape[-4:-1], strict=True)]
+                distances.append(step[..., *place])
+    apart = jnp.stack(distances, axis=-1) / (2 * radius + 1) ** 3
+    noise = apart.mean(-1, keepdims=True)
+    typical = noise.mean((-4, -3, -2), keepdims=True)
+    noise = jnp.clip(noise, 1e-3 * typical, 1e3 * typical)
+    # Where the whole image is constant all distances are 0.
+    return jnp.exp(-(apart - apart.min(-1, keepdims=True)) / jnp.where(noise > 0, noise, 1.0))
+
+
 def mse(fixed: Image, moved: Float[Array, "*b d h w c"]) -> Scalar:
     """The mean squared difference of intensities."""
     return slabs.mean(jnp.square(fixed.astype(jnp.float32) - moved.astype(jnp.float32)))
@@ -133,11 +187,12 @@ def diffusion(u: Displacement, spacing: Float[Array, "3"] | None = None) -> Scal
     return sum(along, jnp.float32(0)) / 3
 
 
-def bending(u: Displacement) -> Scalar:
+def bending(u: Displacement, spacing: Float[Array, "3"] | None = None) -> Scalar:
     """The mean bending energy of a displacement: Σ over axes a, b of (d²u / da db)², central differences, over the
     inner voxels.
 
-    After Rueckert et al. (TMI 1999), averaged over the three components.
+    After Rueckert et al. (TMI 1999), averaged over the three components. Given the `spacing` of the voxels along each
+    axis, in some unit, it is that of the displacement in this unit over distances in this unit.
 
     Raises:
       ValueError: an axis of fewer than three voxels.
@@ -146,6 +201,8 @@ def bending(u: Displacement) -> Scalar:
     if min(depth, *u.shape[-3:-1]) < 3:
         raise ValueError(f"Bending needs three voxels an axis, got {(depth, *u.shape[-3:-1])}.")
     u = u.astype(jnp.float32)
+    if spacing is not None:
+        u = u * spacing
     wide = u if slabs.current() is None else slabs.extended(u, 1, "border")
     planes, rows, columns = (n - 2 for n in wide.shape[-4:-1])
     # Columns and components as one axis, of slices that lie side by side in memory: five times faster than by rolls.
@@ -165,10 +222,12 @@ def bending(u: Displacement) -> Scalar:
 
     energy = jnp.float32(0)
     here, step = np.zeros(3, int), np.eye(3, dtype=int)
-    for axis in range(3):
-        energy += mean_square(at(step[axis]) - 2 * at(here) + at(-step[axis]))
-    for a, b in itertools.combinations(step, 2):
-        energy += 2 * mean_square((at(a + b) - at(a - b) - at(b - a) + at(-a - b)) / 4)
+    area = lambda a, b: 1.0 if spacing is None else spacing[a] * spacing[b]
+    for a in range(3):
+        energy += mean_square(at(step[a]) - 2 * at(here) + at(-step[a])) / area(a, a) ** 2
+    for a, b in itertools.combinations(range(3), 2):
+        p, q = step[a], step[b]
+        energy += 2 * mean_square((at(p + q) - at(p - q) - at(q - p) + at(-p - q)) / 4) / area(a, b) ** 2
     return energy
 
 

@@ -16,7 +16,8 @@ from dilformer_jax.io.geometry import spacing
 from dilformer_jax.io.volumes import Volume, check_same_grid, open_nifti
 from dilformer_jax.ops import metrics
 from dilformer_jax.registration import refine
-from dilformer_jax.registration.pipeline import Predictor, deformation, identity, warp_labels
+from dilformer_jax.registration.pipeline import deformation, identity, warp_labels
+from dilformer_jax.registration.predictor import Predictor
 from dilformer_jax.registration.refine import Refinement
 
 WORKERS = 2
@@ -80,7 +81,7 @@ def method_of(predictor: Predictor | None, refinement: Refinement | None = None)
 
     def displacement(fixed, moving, names, spacing):
         initial = None if predictor is None else predictor.displacement(fixed, moving, names)
-        return refine.refine(fixed, moving, refinement, initial, names, spacing)
+        return refine.refine(fixed, moving, refinement, initial, names, spacing).displacement
 
     def compile_both(shape, name):
         method.compile(shape, name)

@@ -1,176 +1,84 @@
-"""From two volumes to their registration: preprocess, predict, bring to full resolution, warp, invert, measure."""
+"""From two volumes, wherever they lie, to their registration: align, bring to one grid, predict or optimise, invert,
+warp once, measure."""
 
-import functools
-import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int32, Real
 
-from dilformer_jax import models
-from dilformer_jax.data.preprocessing import by, corner, prepared, resolved
-from dilformer_jax.io.geometry import spacing
-from dilformer_jax.io.volumes import BadInput, Volume, check_same_grid
-from dilformer_jax.models import bundle
+from dilformer_jax.io.geometry import apply_affine, spacing
+from dilformer_jax.io.transforms import Field, Step, carried
+from dilformer_jax.io.volumes import Volume, check_same_grid
 from dilformer_jax.ops import metrics, spatial
-from dilformer_jax.registration import refine
+from dilformer_jax.registration import grids, refine
+from dilformer_jax.registration.affine import Alignment, align
+from dilformer_jax.registration.grids import Grid
+from dilformer_jax.registration.predictor import Predictor
 from dilformer_jax.registration.refine import Refinement
+from dilformer_jax.registration.warps import background, masked, warped
 
 Image = Float32[np.ndarray, "_ _ _"]
 Labels = Int32[np.ndarray, "_ _ _"]
+Mask = Bool[np.ndarray, "_ _ _"]
 Displacement = Float32[np.ndarray, "_ _ _ 3"]
+Matrix = Real[np.ndarray, "4 4"]
+AFFINES = ("auto", "search", "none")
 INVERSE_ITERATIONS = 30
 INVERSE_TOLERANCE = 1e-3  # voxels
-SMALLEST = 2  # voxels along each axis at the deepest level of a network
-
-
-@dataclass(frozen=True, eq=False)
-class Predictor:
-    """A trained network and all that it needs to register volumes as they come out of their files.
-
-    `module` is a network of `models/`, `params` its parameters. `preprocessing` is what it was trained with,
-    `sha256` that of its parameters as a bundle has them, and `grid`, where known, the grid of its training images:
-    {"shape", "spacing_mm", "orientation"}.
-    """
-
-    module: Any
-    params: Mapping[str, Any]
-    preprocessing: Mapping[str, Any]
-    name: str
-    sha256: str
-    grid: Mapping[str, Any] | None = None
-    executables: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
-
-    def displacement(self, fixed: Image, moving: Image, names: tuple[Any, Any] = ("fixed", "moving")) -> Displacement:
-        """The displacement, in voxels, on the whole grid that both images share; intensities are as in their files.
-
-        Compiles once for each shape. Raises BadInput, saying which of `names` it is, for an image that is too small or
-        whose intensities cannot be scaled, and ValueError for two shapes.
-        """
-        if fixed.shape != moving.shape:
-            raise ValueError(f"fixed is {fixed.shape} and moving {moving.shape}; both lie on one grid")
-        self.compile(fixed.shape, names[0])
-        settings = resolved(self.preprocessing)
-        images = [
-            prepared(image, settings, name, multiple=self.module.downsampling)[None]
-            for image, name in zip((fixed, moving), names, strict=True)
-        ]
-        u = np.asarray(self.executables[fixed.shape](self.params, *images))
-        # From the box that was cut out of each image back to the files' grid, continued by its border value.
-        box = settings["crop_to"] or fixed.shape
-        start, moving_start = corner(fixed, settings["crop_to"]), corner(moving, settings["crop_to"])
-        index = [
-            np.clip(np.arange(size) - first, 0, wanted - 1)
-            for size, first, wanted in zip(fixed.shape, start, box, strict=True)
-        ]
-        return u[np.ix_(*index)] + np.subtract(moving_start, start, dtype=np.float32)
-
-    def compile(self, shape: tuple[int, ...], name: Any = "The volume") -> None:
-        """Compiles for volumes of this shape, where that has not happened. Raises BadInput as `check_shape` does."""
-        self.check_shape(shape, name)
-        if shape in self.executables:
-            return
-        settings = resolved(self.preprocessing)
-        step = self.module.downsampling * settings["downsample"]
-        d, h, w = (-(-size // step) * step for size in settings["crop_to"] or shape)
-
-        def predict(params, fixed, moving):
-            finest = self.module.apply({"params": params}, fixed, moving)[0][0]
-            return spatial.resize_displacement(finest.astype(jnp.float32), (d, h, w))
-
-        factor = settings["downsample"]
-        image = jax.ShapeDtypeStruct((1, d // factor, h // factor, w // factor, 1), jnp.float32)
-        self.executables[shape] = jax.jit(predict).lower(self.params, image, image).compile()
-
-    def check_shape(self, shape: tuple[int, ...], name: Any) -> None:
-        """Raises BadInput, about `name`, where the network's deepest level would have an axis of a single voxel."""
-        settings = resolved(self.preprocessing)
-        step = self.module.downsampling * settings["downsample"]
-        if min(settings["crop_to"] or shape) <= (SMALLEST - 1) * step:
-            raise BadInput(
-                f"{name} is {by(shape)}, too small for {self.name}, which needs {(SMALLEST - 1) * step + 1} voxels or "
-                "more along each axis; resample it to smaller voxels or pad it."
-            )
+PROBED = 50_000  # points, to measure an inverse by
+UNCONVERGED = 0.1  # voxels: an inverse that is farther off is none
 
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """What `register` found, on the fixed grid; displacements in voxels, with moved(x) = moving(x + displacement(x)).
+    """What `register` found, moved(x) = moving(T(x)), T being `affine` after the deformation.
 
-    `inverse` maps the other way: fixed(x + inverse(x)) looks like moving(x). Metrics: `folding_percent` and `sdlogj` as
-    in ops/metrics; `displacement_mean_mm` and `_p95_mm`; `inverse_mean_mm`, `_p99_mm` and `_max_mm`, how far
-    u(x + v(x)) + v(x) is from 0 where x + v(x) lies in the volume; `correlation_before` and `correlation`, Pearson's of
-    the two images; with both label maps `dice_before` and `dice`, means over the structures of both, and
-    `dice_per_label`; `seconds` of each step.
+    `displacement` and `inverse` (D, H, W, 3) are the deformation and its inverse, in voxels of `grid`; `affine` takes
+    the fixed image's RAS mm to the moving image's, and `alignment` says how it was found. `images` are what was
+    registered, on `grid`: fixed, moving (by the headers alone), aligned (by the affine) and moved. `moved` and
+    `moved_labels` lie on the fixed image's own grid.
+
+    Metrics: `folding_percent` and `sdlogj` of the deformation on its grid, as in ops/metrics; `displacement_mean_mm`
+    and `_p95_mm`; `inverse_mean_mm`, `_p99_mm` and `_max_mm`, how far from its start a point of what the fixed image
+    shows comes back, at points between voxels, and `inverse_unconverged_percent` of the voxels, where u(x + v(x)) +
+    v(x) is over a tenth of a voxel; `correlation_before`, `_affine` and `correlation`, Pearson's on the grid; with both
+    label maps `dice_before` (by the headers alone), `dice_affine` and `dice`, means over the structures of both, and
+    `dice_per_label`, `hd95_before` ... alike in mm where asked for; `outside_grid_percent` of what the fixed image
+    shows; `affine_overlap`; `seconds` of each step.
     """
 
+    fixed: Volume
+    moving: Volume
+    affine: Matrix
+    alignment: Alignment | None
+    grid: Grid
+    images: Mapping[str, Image]
     displacement: Displacement
     inverse: Displacement
     moved: Image
     moved_labels: Labels | None
     metrics: dict[str, Any]
+    warnings: tuple[str, ...]
 
+    @property
+    def transform(self) -> tuple[Step, ...]:
+        """Points of the fixed image, RAS mm, to points of the moving image."""
+        return (self._field(self.displacement), np.asarray(self.affine, float))
 
-def load_predictor(weights: Path | str | None = None, workdir: Path | str | None = None) -> Predictor:
-    """The network of a bundle, or that of a training run at its best checkpoint.
+    @property
+    def inverse_transform(self) -> tuple[Step, ...]:
+        """Points of the moving image, RAS mm, to points of the fixed image."""
+        return (np.linalg.inv(self.affine), self._field(self.inverse))
 
-    Raises BadInput where there is none, or one that this version does not know; ValueError unless just one is given.
-    """
-    if (weights is None) == (workdir is None):
-        raise ValueError("load_predictor takes either weights or a workdir")
-    if weights is not None:
-        params, description = bundle.load(weights)
-        network, preprocessing, name = description["network"], description["preprocessing"], str(weights)
-        sha256, grid = description["sha256"], description["grid"]
-    else:
-        assert workdir is not None
-        config = read_config(workdir)
-        from dilformer_jax.training import checkpoint  # Orbax is slow to import, and a bundle needs none of it
-
-        params, _ = checkpoint.restore_params(Path(workdir), "best")
-        network, preprocessing, name = config["model"], config["data"]["preprocessing"], str(workdir)
-        sha256, grid = bundle.sha256(params), _grid(workdir)
-    try:
-        module, preprocessing = models.create(network["name"], **network["options"]), resolved(preprocessing)
-    except (KeyError, TypeError, ValueError) as fault:
-        raise BadInput(
-            f"{name} has a network {network} with preprocessing {preprocessing} that this version cannot make "
-            f"({fault}); update it, or export the network again."
-        ) from fault
-    return Predictor(module, jax.device_put(params), preprocessing, name, sha256, grid)
-
-
-def read_config(workdir: Path | str) -> dict[str, Any]:
-    """The configuration that `train` left in a workdir. Raises BadInput where there is none."""
-    path = Path(workdir) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        raise BadInput(f"{path} cannot be read ({fault}); give the workdir of a training run.") from fault
-    if not isinstance(config, dict) or not {"model", "data"} <= set(config):
-        raise BadInput(f"{path} is no configuration of a training run; give the workdir of one.")
-    config["data"]["options"] = keywords(config["data"]["options"])
-    return config
-
-
-def _grid(workdir: Path | str) -> dict[str, Any] | None:
-    """The grid of the training images as `train` left it; None where run.json is gone, for it only serves to warn."""
-    try:
-        return json.loads((Path(workdir) / "run.json").read_text(encoding="utf-8"))["grid"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def keywords(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a function takes them, read from JSON, which has lists in place of tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    def _field(self, u: np.ndarray) -> Field:
+        return Field(u @ self.grid.affine[:3, :3].T.astype(np.float32), self.grid.affine)
 
 
 def register(
@@ -180,56 +88,101 @@ def register(
     fixed_labels: Volume | None = None,
     moving_labels: Volume | None = None,
     refinement: Refinement | None = None,
+    *,
+    affine: str | Matrix = "auto",
+    fixed_mask: Mask | None = None,
+    moving_mask: Mask | None = None,
+    distances: bool = False,
 ) -> Registration:
-    """Registers two images of one grid, by a network, by refinement, or by one after the other; see `Registration`.
+    """Registers two images by a network, by refinement, or by one after the other; see `Registration`.
 
-    Raises BadInput where grids differ or are too small, and ValueError where there is neither.
+    affine: 'auto', 'search' among the 24 turns of the moving image (where headers are not to be trusted), 'none', or a
+    matrix, fixed RAS mm to moving RAS mm. Masks, on their images' grids, hide all else from the registration; what is
+    warped is the whole image. With `distances` HD95 is measured too.
+
+    Raises BadInput where an image is too small or cannot be what the network was trained on, and ValueError where there
+    is neither network nor refinement.
     """
     if predictor is None and refinement is None:
         raise ValueError("register needs a predictor, a refinement, or both")
-    check_pair(fixed, moving, fixed_labels, moving_labels)
-    names = fixed.path, moving.path
-    clock = [time.perf_counter()]
-    u = None if predictor is None else predictor.displacement(fixed.array, moving.array, names)
-    if refinement is not None:
-        u = refine.refine(fixed.array, moving.array, refinement, u, names, spacing(fixed.affine))
-    assert u is not None
-    clock.append(time.perf_counter())
-    moved = warp_image(moving.array, u)
-    moved_labels = None if moving_labels is None else warp_labels(moving_labels.array, u)
-    clock.append(time.perf_counter())
-    inverse = np.asarray(_inverse(u))
-    residual, inside = (np.asarray(x) for x in _residual(u, inverse))
-    clock.append(time.perf_counter())
+    check_labels(fixed, moving, fixed_labels, moving_labels)
+    seconds: dict[str, float] = {}
+    seen, seen_moving = masked(fixed, fixed_mask), masked(moving, moving_mask)
+    declared = None if predictor is None else predictor.grid
+    warnings = [] if declared is None else _checked(seen, seen_moving, declared)
 
-    length = _millimetres(u, fixed.affine)
-    error = _millimetres(residual[inside] if inside.any() else residual.reshape(-1, 3), fixed.affine)
-    found: dict[str, Any] = {
+    with _clock(seconds, "affine"):
+        alignment = None
+        if isinstance(affine, str):
+            if affine not in AFFINES:
+                raise ValueError(f"an affine is {', '.join(AFFINES)} or a matrix, not {affine!r}")
+            alignment = None if affine == "none" else align(seen, seen_moving, search=affine == "search")
+            matrix = np.eye(4) if alignment is None else alignment.matrix
+            warnings += [] if alignment is None else list(alignment.warnings)
+        else:
+            matrix = np.asarray(affine, float)
+    with _clock(seconds, "resampling"):
+        if declared is not None:
+            grid = grids.model_grid(seen, declared)
+        elif predictor is not None:
+            grid = Grid(fixed.array.shape, fixed.affine, np.eye(4))  # such weights say nothing of their grid
+        else:
+            grid = grids.content_grid(seen, seen_moving, matrix)
+        still, other = grids.on_grid(seen, grid, np.eye(4)), grids.on_grid(seen_moving, grid, matrix)
+    names = fixed.path, moving.path
+    with _clock(seconds, "compilation"):
+        if predictor is not None:
+            predictor.compile(grid.shape, fixed.path, predictor.knows_inverse)
+        if refinement is not None:
+            refine.check_shape(grid.shape, fixed.path)
+            known = predictor is not None and predictor.knows_inverse and refinement.diffeomorphic
+            refine.compiled(grid.shape, refinement, predictor is not None, known)
+    with _clock(seconds, "displacement"):
+        u, v = (None, None) if predictor is None else predictor.both_ways(still, other, names)
+        if refinement is not None:
+            back = v if refinement.diffeomorphic else None
+            refined = refine.refine(still, other, refinement, u, names, spacing(grid.affine), back)
+            u, v = refined.displacement, refined.inverse
+        assert u is not None
+    with _clock(seconds, "inverse"):
+        v = np.asarray(_inverse(u)) if v is None else v
+        residual, inside = (np.asarray(x) for x in _residual(u, v))
+    images = {"fixed": still, "aligned": other, "moved": warp_image(other, u)}
+    images["moving"] = grids.on_grid(seen_moving, grid, np.eye(4))
+    found = Registration(fixed, moving, matrix, alignment, grid, images, u, v, still, None, {}, ())
+    place = fixed.array.shape, fixed.affine
+    with _clock(seconds, "warps"):
+        moved = warped(moving, found.transform, *place, outside=background(moving))
+        moved_labels = None if moving_labels is None else warped(moving_labels, found.transform, *place, "nearest")
+
+    length = np.linalg.norm(found._field(u).displacement, axis=-1)
+    error = _inverse_error(found)
+    wrong = np.linalg.norm(residual[inside] if inside.any() else residual, axis=-1)
+    figures: dict[str, Any] = {
         **deformation(u),
         "displacement_mean_mm": float(length.mean()),
         "displacement_p95_mm": float(np.percentile(length, 95)),
         "inverse_mean_mm": float(error.mean()),
         "inverse_p99_mm": float(np.percentile(error, 99)),
         "inverse_max_mm": float(error.max()),
-        "correlation_before": _correlation(fixed.array, moving.array),
-        "correlation": _correlation(fixed.array, moved),
+        "inverse_unconverged_percent": 100 * float((wrong > UNCONVERGED).mean()),
+        "correlation_before": _correlation(still, images["moving"]),
+        "correlation_affine": _correlation(still, other),
+        "correlation": _correlation(still, images["moved"]),
+        "outside_grid_percent": grids.outside_percent(seen, grid),
     }
+    if alignment is not None:
+        figures["affine_overlap"] = float(alignment.overlap)
     if fixed_labels is not None and moving_labels is not None and moved_labels is not None:
-        ids = [int(i) for i in np.intersect1d(fixed_labels.array, moving_labels.array) if i != 0]
-        before = metrics.dice(fixed_labels.array, moving_labels.array, ids)
-        after = metrics.dice(fixed_labels.array, moved_labels, ids, moving_labels.array)
-        found["dice_before"] = float(before.mean()) if ids else float("nan")
-        found["dice"] = float(after.mean()) if ids else float("nan")
-        found["dice_per_label"] = dict(zip(ids, after.tolist(), strict=True))
-    steps = zip(("displacement", "warps", "inverse"), np.diff(clock).tolist(), strict=True)
-    return Registration(u, inverse, moved, moved_labels, {**found, "seconds": dict(steps)})
+        figures |= _overlaps(fixed_labels, moving_labels, moved_labels, matrix, distances)
+    figures["seconds"] = seconds
+    return replace(
+        found, moved=moved, moved_labels=moved_labels, metrics=figures, warnings=tuple([*warnings, *_said(figures)])
+    )
 
 
-def check_pair(
-    fixed: Volume, moving: Volume, fixed_labels: Volume | None = None, moving_labels: Volume | None = None
-) -> None:
-    """Raises BadInput unless all of them lie on one grid."""
-    check_same_grid(fixed, moving)
+def check_labels(fixed: Volume, moving: Volume, fixed_labels: Volume | None, moving_labels: Volume | None) -> None:
+    """Raises BadInput unless each label map lies on its image's grid."""
     for image, labels in ((fixed, fixed_labels), (moving, moving_labels)):
         if labels is not None:
             check_same_grid(image, labels)
@@ -262,18 +215,66 @@ def warp_labels(labels: Labels, u: Displacement) -> Labels:
 _warp = jax.jit(spatial.warp, static_argnames=("order", "padding"))
 
 
-@functools.partial(jax.jit, static_argnames="iterations")
-def _inverse(u: Float[Array, "D H W 3"], iterations: int = INVERSE_ITERATIONS) -> Float[Array, "D H W 3"]:
-    """v with u(x + v(x)) + v(x) = 0, by the fixed-point iteration v <- -u(x + v(x)) (Chen et al., Med Phys 2008)."""
+def _checked(fixed: Volume, moving: Volume, declared: Mapping[str, Any]) -> list[str]:
+    """Warnings of images unlike those that a network was trained on; BadInput where they cannot be."""
+    warnings = []
+    for volume in (fixed, moving):
+        grids.check_size(volume, declared)
+        if grids.is_head(volume):
+            warnings.append(
+                f"{volume.path} seems to show a whole head, and the weights know stripped brains; give a brain mask "
+                "(--fixed-mask, --moving-mask), or the result may be poor."
+            )
+    return warnings
+
+
+def _said(figures: dict[str, Any]) -> Iterator[str]:
+    if figures["outside_grid_percent"] > 1:
+        yield (
+            f"{figures['outside_grid_percent']:.0f} % of what the fixed image shows is outside the grid of the weights "
+            "and takes the displacement of the grid's border."
+        )
+    if figures["inverse_unconverged_percent"] > 0.1:
+        yield (
+            f"no inverse of the deformation was found at {figures['inverse_unconverged_percent']:.2g} % of the voxels, "
+            "where it folds or stretches too much."
+        )
+
+
+def _overlaps(fixed: Volume, moving: Volume, moved: Labels, affine: Matrix, distances: bool) -> dict[str, Any]:
+    """Dice, and HD95 where asked for, before, after the affine map, and after all."""
+    ids = [int(i) for i in np.intersect1d(fixed.array, moving.array) if i != 0]
+    found: dict[str, Any] = {}
+    if not ids:
+        return {"dice_before": float("nan"), "dice_affine": float("nan"), "dice": float("nan"), "dice_per_label": {}}
+    maps = {
+        "_before": warped(moving, (), fixed.array.shape, fixed.affine, "nearest"),
+        "_affine": warped(moving, (affine,), fixed.array.shape, fixed.affine, "nearest"),
+        "": moved,
+    }
+    for stage, labels in maps.items():
+        scores = {"dice": metrics.dice(fixed.array, labels, ids, moving.array)}
+        if distances:
+            scores["hd95"] = metrics.hd95(fixed.array, labels, ids, spacing(fixed.affine), moving.array)
+        for name, values in scores.items():
+            found[f"{name}{stage}"] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+            found[f"{name}{stage}_per_label"] = dict(zip(ids, values.tolist(), strict=True))
+    return found
+
+
+@jax.jit
+def _inverse(u: Float[Array, "D H W 3"]) -> Float[Array, "D H W 3"]:
+    """v with u(x + v(x)) + v(x) = 0, by the fixed-point iteration v <- -u(x + v(x)) (Chen et al., Med Phys 2008), and
+    in the end by half its steps, which converge wherever the deformation neither folds nor stretches fourfold."""
 
     def going(state):
         step, _, change = state
-        return (step < iterations) & (change > INVERSE_TOLERANCE)
+        return (step < INVERSE_ITERATIONS) & (change > INVERSE_TOLERANCE)
 
     def better(state):
         step, v, _ = state
-        new = -spatial.warp(u, v)
-        return step + 1, new, jnp.abs(new - v).max()
+        change = -spatial.warp(u, v) - v
+        return step + 1, v + jnp.where(step < INVERSE_ITERATIONS // 3, 1.0, 0.5) * change, jnp.abs(change).max()
 
     return lax.while_loop(going, better, (0, -u, jnp.float32(jnp.inf)))[1]
 
@@ -286,8 +287,21 @@ def _residual(u, v):
     return spatial.compose(u, v), ((points >= 0) & (points <= jnp.array(shape) - 1)).all(-1)
 
 
-def _millimetres(u: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(u @ affine[:3, :3].T.astype(np.float32), axis=-1)
+def _inverse_error(found: Registration) -> Float64[np.ndarray, " n"]:
+    """How far in mm from its start each of up to `PROBED` points of what the fixed image shows comes back."""
+    rng = np.random.default_rng(0)
+    shown = np.argwhere(grids.content(found.images["fixed"]))
+    shown = shown[rng.choice(len(shown), min(PROBED, len(shown)), replace=False)]
+    start = apply_affine(found.grid.affine, shown + rng.uniform(-0.5, 0.5, shown.shape))
+    back = carried(carried(start, found.transform), found.inverse_transform)
+    return np.linalg.norm(back - start, axis=1)
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - start
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from dilformer_jax.io.volumes import replacing
 from dilformer_jax.ops.metrics import folded, jacobian_determinant
 from dilformer_jax.reporting import panels
 from dilformer_jax.reporting.panels import INK, PALE
+from dilformer_jax.reporting.shown import centre_of_mass, window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def registration(
     volumes["determinant"] = jacobian_determinant(displacement)
     sides = np.array([spacing[axis] for axis in order], float)
     size = np.array(volumes["fixed"].shape) * sides
-    centre = _centre_of_mass(volumes["fixed"])
+    centre = centre_of_mass(volumes["fixed"])
 
     rows = []
     for axis in range(3):
@@ -84,7 +85,7 @@ def registration(
         slices |= {name: slices[name].astype(np.float32) for name in IMAGES}  # differences of unsigned integers wrap
         right, up = (a for a in range(3) if a != axis)
         rows.append((right, up, slices, displacement.take(centre[axis], axis)[..., [right, up]]))
-    limits = {name: _intensities(volumes["fixed" if name == "fixed" else "moving"]) for name in IMAGES}
+    limits = {name: window(volumes["fixed" if name == "fixed" else "moving"]) for name in IMAGES}
     errors = [np.abs(slices[name] - slices["fixed"]).ravel() for *_, slices, _ in rows for name in ("moving", "moved")]
     worst = float(np.percentile(np.concatenate(errors), 99.5)) or 1.0
     changes = np.concatenate([np.abs(slices["determinant"] - 1).ravel() for *_, slices, _ in rows])
@@ -236,22 +237,6 @@ def _turn(orientation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
             f"orientation {orientation!r} is none: it is three letters such as 'RAS', where each axis points"
         )
     return tuple(order), tuple(axis for axis in range(3) if orientation[order[axis]] == ENDS[axis][0])
-
-
-def _centre_of_mass(image: np.ndarray) -> list[int]:
-    weight = image - image.min()
-    centre = []
-    for axis in range(3):
-        profile = weight.sum(axis=tuple(a for a in range(3) if a != axis), dtype=np.float64)
-        total = profile.sum()
-        middle = (np.arange(len(profile)) @ profile) / total if total > 0 else (len(profile) - 1) / 2
-        centre.append(round(float(middle)))
-    return centre
-
-
-def _intensities(image: np.ndarray) -> tuple[float, float]:
-    low, high = float(image.min()), float(np.percentile(image, 99.8))
-    return low, high if high > low else low + 1
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

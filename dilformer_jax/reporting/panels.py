@@ -98,10 +98,17 @@ def letters(ax: "Axes", right: str, up: str) -> None:
         ax.text(x, y, letter, transform=ax.transAxes, color="white", fontsize=8, ha="center", va="center")
 
 
-def bar(figure: "Figure", mapped: Any, ax: "Axes", label: str, ticks: Sequence[float | int] | None = None) -> None:
-    """Draws the colour bar of a mapped image into the axes."""
+def bar(
+    figure: "Figure",
+    mapped: Any,
+    ax: "Axes",
+    label: str,
+    ticks: Sequence[float | int] | None = None,
+    colour: str = INK,
+) -> None:
+    """Draws the colour bar of a mapped image into the axes, its text in `colour`."""
     bar = figure.colorbar(mapped, cax=ax, orientation="horizontal", extend="both", ticks=ticks)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7, length=2, color=PALE, labelcolor=INK)
+    bar.ax.tick_params(labelsize=7, length=2, color=PALE, labelcolor=colour)
     bar.ax.xaxis.set_major_formatter("{x:.2g}")
-    bar.set_label(label, fontsize=8, color=INK)
+    bar.set_label(label, fontsize=8, color=colour)

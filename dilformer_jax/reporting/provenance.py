@@ -8,8 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
 
 from dilformer_jax.io.folders import digest
+from dilformer_jax.io.geometry import orientation, spacing
+from dilformer_jax.io.volumes import Volume
 
 PACKAGES = ("dilformer-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
 
@@ -42,3 +48,20 @@ def command(name: str, argv: Sequence[str] | None) -> str:
 def inputs(paths: Iterable[Path]) -> dict[str, str]:
     """The SHA-256 of each file, by its absolute path."""
     return {str(path.absolute()): digest(path) for path in paths}
+
+
+def header(volume: Volume) -> dict[str, Any]:
+    """What a file's header says, and where programs may read it differently, as one column of a table."""
+    shape, affine = volume.array.shape, volume.affine
+    oblique = np.degrees(nib.affines.obliquity(affine).max())
+    codes = {form: int(volume.header[f"{form}_code"]) for form in ("sform", "qform")}
+    return {
+        "file": str(volume.path),
+        "shape": " x ".join(str(n) for n in shape),
+        "spacing [mm]": " x ".join(f"{side:.4g}" for side in spacing(affine)),
+        "orientation": orientation(affine) + (f", oblique by {oblique:.1f} degrees" if oblique > 0.1 else ""),
+        "sform code, qform code": f"{codes['sform']}, {codes['qform']}",
+        "first voxel at R, A, S [mm]": ", ".join(f"{x:.2f}" for x in affine[:3, 3]),
+        "data type": str(volume.header.get_data_dtype()),
+        "SHA-256": digest(volume.path) if volume.path.is_file() else "in memory",
+    }

@@ -1,0 +1,194 @@
+"""The commands evaluate and export on small files, with networks whose answer is known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toys import affine, image, pairs_file, write
+
+from dilformer_jax import evaluate, export
+from dilformer_jax.io.volumes import read_image, read_labels
+from dilformer_jax.models import bundle
+from dilformer_jax.registration import pipeline
+from dilformer_jax.registration.predictor import load_predictor
+from dilformer_jax.training import checkpoint
+
+PAIRS = (
+    ("fixed", "moving", "labels", "moving_labels"),
+    ("moving", "fixed", "moving_labels", "labels"),
+    ("fixed", "moving", "labels", "labels"),
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "folder"),
+    [
+        (["--workdir", "run"], "evaluation"),
+        (["--workdir", "run", "--method", "identity"], "evaluation-identity"),
+        (["--workdir", "run", "--protocol", "lpba40-test", "--data", "d"], "evaluation-lpba40-test"),
+        (["--method", "identity", "--pairs", "data/mine.csv"], "evaluation-identity-mine"),
+        (["--workdir", "run", "--refine", "50"], "evaluation-refine50"),
+        (["--method", "identity", "--refine", "9", "--diffeomorphic"], "evaluation-identity-refine9-diffeomorphic"),
+    ],
+)
+def test_what_is_asked_of_a_run_does_not_overwrite_what_was_asked_before(asked: list[str], folder: str):
+    assert evaluate._folder(evaluate._parser().parse_args(asked)) == folder
+
+
+def test_evaluating_the_identity(inputs: Path, tmp_path: Path, capsys):
+    table = pairs_file(inputs, tmp_path / "pairs.csv", *PAIRS)
+    output = tmp_path / "scores"
+    evaluate.main(
+        ["evaluate", "--method", "identity", "--pairs", str(table), "--output", str(output), "--labels", "3,5,900-901"]
+    )
+    told = capsys.readouterr()
+    results = json.loads((output / "results.json").read_text())
+    fixed, moving = (read_labels(inputs / f"{name}.nii.gz").array for name in ("labels", "moving_labels"))
+    dice = {i: 2 * ((fixed == i) & (moving == i)).sum() / ((fixed == i).sum() + (moving == i).sum()) for i in (3, 5)}
+    assert 0.5 < dice[3] < 0.9
+    first, second, third = results["pairs"]
+    for row in (first, second):
+        assert row["dice"] == row["dice_before"] == pytest.approx(np.mean(list(dice.values())))
+        assert row["dice_per_label"] == {
+            "3": pytest.approx(dice[3]),
+            "5": pytest.approx(dice[5]),
+            "900": None,
+            "901": None,
+        }
+        assert row["hd95"] == pytest.approx(1.0)  # one voxel along axis 0, which is 1 mm
+    assert third["dice"] == 1 and third["hd95"] == 0 and third["absent"] == [900, 901]
+    assert (first["name"], second["fixed"]) == ("moving_to_fixed", "moving")
+    assert results["summary"]["dice"] == {
+        "mean": pytest.approx((2 * np.mean(list(dice.values())) + 1) / 3),
+        "sd": pytest.approx(np.std([first["dice"], first["dice"], 1])),
+        "n": 3,
+    }
+    assert results["summary"]["folding_percent"]["mean"] == 0
+    assert results["definition"]["labels"] == "3,5,900-901"
+    names = [
+        "best.png",
+        "dice_per_label.png",
+        "median.png",
+        "report.html",
+        "results.csv",
+        "results.json",
+        "run.json",
+        "summary.md",
+        "worst.png",
+    ]
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert "[3/3] moving_to_fixed: Dice 1.0000 -> 1.0000" in told.err and "identity" in told.out
+
+
+def test_evaluating_a_network_times_and_warps_as_register_does(inputs: Path, tmp_path: Path, capsys):
+    table = pairs_file(inputs, tmp_path / "pairs.csv", PAIRS[0], ("moving", "fixed", "", ""))
+    evaluate.main(
+        ["evaluate", "--weights", str(inputs / "weights"), "--pairs", str(table), "--output", str(tmp_path / "scores")]
+    )
+    with_labels, without = json.loads((tmp_path / "scores" / "results.json").read_text())["pairs"]
+    volumes = [read_image(inputs / f"{name}.nii.gz") for name in ("fixed", "moving")]
+    labels = [read_labels(inputs / f"{name}.nii.gz") for name in ("labels", "moving_labels")]
+    result = pipeline.register(*volumes, load_predictor(inputs / "weights"), *labels, affine="none")
+    for name in ("dice", "dice_before", "folding_percent", "sdlogj"):
+        assert with_labels[name] == pytest.approx(result.metrics[name])
+    assert with_labels["dice"] != with_labels["dice_before"]
+    assert 0 < with_labels["seconds"] < 1  # compilation takes longer
+    assert "dice" not in without and without["sdlogj"] > 0
+    assert json.loads((tmp_path / "scores" / "run.json").read_text())["parameters_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "No pairs to evaluate"),
+        (("--pairs", "good.csv"), "Nothing to evaluate"),
+        (("--method", "identity", "--protocol", "lpba40-validation"), "--protocol and --data go together"),
+        (("--method", "identity", "--data", "."), "--protocol and --data go together"),
+        (("--method", "identity", "--protocol", "lpba41-test", "--data", "."), "--protocol lpba41-test is not known"),
+        (("--method", "identity", "--protocol", "lpba40-test", "--data", "."), "but none of S01_t1.nii.gz"),
+        (("--method", "identity", "--pairs", "good.csv", "--labels", "21-x"), "'21-x' is no list of labels"),
+        (("--method", "identity", "--pairs", "good.csv", "--labels", "9-7"), "is no list of labels"),
+        (("--method", "identity", "--pairs", "good.csv", "--weights", "weights"), "--weights says what to evaluate"),
+        (("--method", "identity", "--pairs", "lost.csv"), "lost.csv does not exist"),
+        (("--method", "identity", "--pairs", "mixed.csv"), "lie on different grids"),
+        (("--weights", "weights", "--pairs", "small.csv"), "small.nii.gz is 15x18x2, too small for"),
+        (("--workdir", "nowhere"), "config.json cannot be read"),
+    ],
+)
+def test_what_cannot_be_evaluated(inputs: Path, tmp_path: Path, capsys, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(inputs)
+    pairs_file(inputs, inputs / "good.csv", PAIRS[0])
+    pairs_file(inputs, inputs / "mixed.csv", PAIRS[0], ("fixed", "elsewhere", "", ""))
+    pairs_file(inputs, inputs / "small.csv", ("small", "small", "", ""))
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["evaluate", *arguments, "--output", str(tmp_path / "output")])
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in told and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_label_lists_there_and_back():
+    assert evaluate._label_list("21-24, 41,22") == (21, 22, 23, 24, 41)
+    assert evaluate._ranges((41, 21, 22, 23, 61, 62)) == "21-23,41,61-62"
+
+
+def test_export_describes_the_run(tmp_path: Path, capsys, monkeypatch):
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    data.mkdir(), workdir.mkdir()
+    for name in "abcdef":
+        write(data / f"{name}_t1.nii.gz", image((16, 18, 14), ord(name)), affine())
+        labels = np.zeros((16, 18, 14), np.uint8)
+        labels[4:8], labels[8:12] = 4, 11
+        write(data / f"{name}_seg.nii.gz", labels, affine())
+    config = {
+        "seed": 5,
+        "model": {"name": "voxelmorph", "options": {"down": [2], "up": [2]}},
+        "data": {
+            "name": "folder",
+            "directory": str(data),
+            "options": {"validation": 0.3},
+            "preprocessing": {"downsample": 2},
+        },
+    }
+    (workdir / "config.json").write_text(json.dumps(config))
+    lines = [{"step": 10, "loss": 0.5}, {"step": 10, "dice": 0.6, "dice_identity": 0.5}, {"step": 20, "dice": 0.55}]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    params = {"head": {"kernel": np.arange(6, dtype=np.float32)}}
+    steps = {"best": 10, "latest": 20}
+    monkeypatch.setattr(checkpoint, "restore_params", lambda folder, which: (params, steps[which]))
+
+    export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "weights")])
+    told = capsys.readouterr().out
+    loaded, description = bundle.load(tmp_path / "weights")
+    np.testing.assert_array_equal(loaded["head"]["kernel"], params["head"]["kernel"])
+    assert description["network"] == {
+        "name": "voxelmorph",
+        "options": {"down": [2], "up": [2], "final": [32, 16, 16], "dtype": "float32"},
+    }
+    assert description["preprocessing"] == {"normalise": "max", "downsample": 2, "crop_to": None}
+    assert description["grid"] == {
+        "shape": [16, 18, 14],
+        "spacing_mm": [1, 1.5, 2],
+        "orientation": "LAS",
+        "network_shape": [8, 9, 7],
+    }
+    assert description["labels"] == [4, 11] and description["validation"] == {"dice": 0.6, "dice_identity": 0.5}
+    assert description["training"] == {
+        "dataset": "folder", "options": {"validation": 0.3}, "licence": f"that of the files in {data}",
+        "subjects": ["a", "b", "c", "d"], "pairs": 12, "steps": 10, "seed": 5,
+    }  # fmt: skip
+    assert "model.safetensors" in told and "dice 0.6" in told and "step 10 (best)" in told
+    export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "last"), "--checkpoint", "latest"])
+    assert bundle.load(tmp_path / "last")[1]["validation"] == {"dice": 0.55}
+
+    data.rename(tmp_path / "moved")
+    with pytest.raises(SystemExit):
+        export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "lost")])
+    assert "does not exist; say by --data where it is" in capsys.readouterr().err and not (tmp_path / "lost").exists()
+    export.main(
+        ["export", "--workdir", str(workdir), "--output", str(tmp_path / "found"), "--data", str(tmp_path / "moved")]
+    )
+    assert (tmp_path / "found" / "model.safetensors").read_bytes() == (
+        tmp_path / "weights" / "model.safetensors"
+    ).read_bytes()
