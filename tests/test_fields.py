@@ -172,6 +172,13 @@ def test_resize():
             np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=f"{source} to {target}, {align_corners}")
 
 
+def test_resize_as_a_gpu_doubles(monkeypatch):
+    monkeypatch.setattr(spatial.lax, "platform_dependent", lambda x, cuda, default: cuda(x))
+    image, target = numbers(2, 3, 4, 1, 2), (6, 8, 2)
+    expected = np.stack([resize_by_scipy(each, target, False) for each in image])
+    np.testing.assert_allclose(spatial.resize(jnp.asarray(image, jnp.float32), target), expected, atol=1e-5)
+
+
 def resize_by_scipy(image, target, align_corners):
     axes = [positions(s, t, align_corners) for s, t in zip(image.shape[:3], target, strict=True)]
     return warp_by_scipy(image, np.stack(np.meshgrid(*axes, indexing="ij"), -1) - points(target))

@@ -1,9 +1,10 @@
 """3-D convolutions, channels-last, each lowered as its platform likes it.
 
-A program is lowered for the platform it runs on by `jax.lax.platform_dependent`: GPU and TPU get XLA's native 3-D
-convolution, the CPU the forms of `ops.conv_cpu`, which are several times faster there (`experiments/benchmark.py`
-measures both). Forward and gradient rules choose separately, so that one traced
-function, or one exported artefact, serves every platform.
+A program is lowered for the platform it runs on by `jax.lax.platform_dependent`: the CPU gets the forms of
+`ops.conv_cpu`, which are several times faster there, GPU and TPU XLA's native 3-D convolution, but where that is slow
+on a GPU: with one channel in or few out, depthwise, and for kernels of 2³ (`experiments/benchmark.py` measures the
+forms). Forward and gradient rules choose separately, so that one traced function, or one exported artefact, serves
+every platform.
 """
 
 import functools
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float
 from dilformer_jax.ops import conv_cpu, slabs
 
 LAYOUT_3D = ("NDHWC", "DHWIO", "NDHWC")
+FEWEST = 8  # channels out of a native convolution
 
 
 def conv(
@@ -134,10 +136,28 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 def _native(x, kernel, dilation):
-    padding = [(dilation * (size // 2),) * 2 for size in kernel.shape[:3]]
-    return lax.conv_general_dilated(
+    *sizes, c, o = kernel.shape
+    if c == 1:
+        # One product with the voxels of each window side by side: cuDNN's gradient to such a kernel takes ten times as
+        # long.
+        windows = jnp.concatenate(list(_windows(x, sizes, dilation)), axis=-1)
+        return windows @ kernel.reshape(-1, o)
+    # Few channels out are made eight: half the time on a GPU, most of it again the kernel's gradient.
+    kernel = jnp.pad(kernel, ((0, 0),) * 4 + ((0, max(FEWEST - o, 0)),))
+    padding = [(dilation * (size // 2),) * 2 for size in sizes]
+    y = lax.conv_general_dilated(
         x, kernel, (1, 1, 1), padding, rhs_dilation=(dilation,) * 3, dimension_numbers=LAYOUT_3D
     )
+    return y[..., :o]
+
+
+def _windows(x, sizes, dilation):
+    """Zero-padded `x`, shifted, as each tap of a kernel of these sizes sees it."""
+    padded = jnp.pad(x, ((0, 0), *((dilation * (size // 2),) * 2 for size in sizes), (0, 0)))
+    for taps in itertools.product(*(range(size) for size in sizes)):
+        yield lax.slice(padded, (0, *(dilation * tap for tap in taps), 0), (
+            x.shape[0], *(dilation * tap + n for tap, n in zip(taps, x.shape[1:4], strict=True)), x.shape[4]
+        ))  # fmt: skip
 
 
 # --- stride 2 ---
@@ -146,9 +166,11 @@ def _native(x, kernel, dilation):
 def _halving_conv(x, kernel):
     def native(x, kernel):
         size = kernel.shape[0]
-        padding = {2: (0, 0), 3: (1, 0), 4: (1, 1)}[size]
+        padding = {3: (1, 0), 4: (1, 1)}[size]
         return lax.conv_general_dilated(x, kernel, (2, 2, 2), (padding,) * 3, dimension_numbers=LAYOUT_3D)
 
+    if kernel.shape[0] == 2:
+        return _packed(x, kernel)
     # Each form has a gradient rule of its own; the packed one is stride-free and differentiates into fast forms.
     form = conv_cpu.strided if kernel.shape[0] == 3 else _packed
 
@@ -193,7 +215,7 @@ def _depthwise(x, kernel, dilation):
         x,
         kernel,
         cpu=functools.partial(conv_cpu.shifted, dilation=dilation),
-        default=functools.partial(_grouped, dilation=dilation),
+        default=functools.partial(_fused, dilation=dilation),
     )
 
 
@@ -202,24 +224,20 @@ def _depthwise_forward(x, kernel, dilation):
 
 
 def _depthwise_backward(dilation, saved, gradient):
-    def grouped(x, kernel, gradient):
-        return jax.vjp(functools.partial(_grouped, dilation=dilation), x, kernel)[1](gradient)
+    def fused(x, kernel, gradient):
+        return jax.vjp(functools.partial(_fused, dilation=dilation), x, kernel)[1](gradient)
 
     own = functools.partial(conv_cpu.depthwise_gradients, dilation=dilation)
-    return lax.platform_dependent(*saved, gradient, cpu=own, default=grouped)
+    return lax.platform_dependent(*saved, gradient, cpu=own, default=fused)
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-def _grouped(x, kernel, dilation):
-    padding = [(dilation * (size // 2),) * 2 for size in kernel.shape[:3]]
-    return lax.conv_general_dilated(
-        x,
-        kernel[..., None, :],
-        (1, 1, 1),
-        padding,
-        rhs_dilation=(dilation,) * 3,
-        dimension_numbers=LAYOUT_3D,
-        feature_group_count=x.shape[-1],
-    )
+def _fused(x, kernel, dilation):
+    """The sum of shifted windows times the channels' weights, written out: XLA fuses it to one pass over the voxels. A
+    grouped convolution takes twenty times as long on a GPU, its gradients most of it."""
+    precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    weights = kernel.astype(precise.dtype).reshape(-1, kernel.shape[-1])
+    windows = _windows(precise, kernel.shape[:3], dilation)
+    return sum(window * weight for window, weight in zip(windows, weights, strict=True)).astype(x.dtype)

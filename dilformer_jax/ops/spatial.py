@@ -5,6 +5,8 @@ component a along array axis a, and `moved(x) = moving(x + u(x))`. Every functio
 axes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,8 +117,9 @@ def resize(
     antialiasing).
 
     Half-pixel by default: both grids cover the same box. With `align_corners` the first and the last voxels coincide
-    instead. One matrix product an axis; resizing by gathers is slow on TPU. A volume split over devices is enlarged or
-    reduced a whole number of times, in half-pixel convention, its slab to a slab of this shape.
+    instead. One matrix product an axis, or on a GPU a sum of neighbours where it doubles; resizing by gathers is slow
+    on TPU. A volume split over devices is enlarged or reduced a whole number of times, in half-pixel convention, its
+    slab to a slab of this shape.
 
     Raises:
       ValueError: a slab that is to become anything else.
@@ -135,10 +138,30 @@ def resize(
 
 def _resized(x, shape, align_corners):
     for axis, size in zip((-4, -3, -2), shape, strict=True):
-        if x.shape[axis] != size:
-            weights = _resize_weights(x.shape[axis], size, align_corners)
-            x = jnp.moveaxis(jnp.tensordot(x, weights, axes=(axis, 1), precision=lax.Precision.HIGHEST), -1, axis)
+        if x.shape[axis] == size:
+            continue
+        product = functools.partial(_along, axis=axis, size=size, align_corners=align_corners)
+        if size == 2 * x.shape[axis] and not align_corners:
+            # A third of the product's time on a GPU, and none for its tuning; twice the product's on the CPU.
+            x = lax.platform_dependent(x, cuda=functools.partial(_doubled, axis=axis), default=product)
+        else:
+            x = product(x)
     return x
+
+
+def _along(x, axis, size, align_corners):
+    weights = _resize_weights(x.shape[axis], size, align_corners)
+    return jnp.moveaxis(jnp.tensordot(x, weights, axes=(axis, 1), precision=lax.Precision.HIGHEST), -1, axis)
+
+
+def _doubled(x, axis):
+    """Each voxel as two, a quarter of the way to its neighbours."""
+    axis += x.ndim
+    n = x.shape[axis]
+    wide = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(x.ndim)], mode="edge")
+    before, after = (lax.slice_in_dim(wide, first, first + n, axis=axis) for first in (0, 2))
+    halves = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis=axis + 1)
+    return halves.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])
 
 
 def _resize_weights(source: int, target: int, align_corners: bool) -> Float[Array, "target source"]:

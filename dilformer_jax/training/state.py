@@ -119,7 +119,8 @@ def step_function(
             gradients, parts = (accumulated if accumulate > 1 else differentiated)(params, batch)
         return lax.psum(gradients, everywhere), lax.pmean(parts, everywhere)
 
-    simulated = split is not None and mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
+    simulated = split is not None and platform == "cpu"
     # Every device works on what it holds, by the same program as one device alone, and says itself what it needs of
     # the others: `ops.slabs` what neighbouring slabs share, `summed` the sums.
     measured = jax.shard_map(
@@ -130,7 +131,10 @@ def step_function(
         check_vma=False,
     )
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=NamedSharding(mesh, jax.P()))
+    # XLA would bring the channels of 3-D convolutions to the front for cuDNN, which brings most of them back.
+    layout = {"xla_gpu_force_conv_nhwc": True} if platform == "gpu" else None
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=NamedSharding(mesh, jax.P()), compiler_options=layout)
     def step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
         gradients, parts = measured(state.params, {name: batch[name] for name in ("fixed", "moving")})
         updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
