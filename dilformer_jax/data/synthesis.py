@@ -206,8 +206,10 @@ def spline(xp: ModuleType, controls: Any, shape: tuple[int, ...]) -> Any:
     """The cubic B-spline (c, D, H, W) with these control points (g, g, g, c): the second and the last but one along an
     axis lie on the volume's first and last voxel."""
     d, h, w = (_basis(xp, n, controls.shape[axis]) for axis, n in enumerate(shape))
+    # The axis of most voxels last, so that what lies in between is small.
     rows = xp.einsum("abcn,zc->nabz", controls, w)
-    return xp.einsum("xa,nayz->nxyz", d, xp.einsum("nabz,yb->nayz", rows, h))
+    planes = xp.einsum("nabz,yb->nayz", rows, h)
+    return xp.einsum("xa,nak->nxk", d, planes.reshape(*planes.shape[:2], -1)).reshape(-1, *shape)
 
 
 def _basis(xp: ModuleType, n: int, controls: int) -> Any:
@@ -224,7 +226,7 @@ def filtered(xp: ModuleType, x: Any, sigma: Any, spacing: Any) -> Any:
     """
     for axis, n in enumerate(x.shape):
         matrix = _filter(xp, n, sigma[axis], spacing[axis])
-        x = xp.einsum(("xa,ayz->xyz", "ya,xaz->xyz", "za,xya->xyz")[axis], matrix, x)
+        x = xp.moveaxis(xp.tensordot(matrix, x, axes=(1, axis)), 0, axis)
     return x
 
 
