@@ -78,7 +78,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "cache": "device",  # 16 label maps, 80 MB
                 "workers": 0,
                 "flips": (0,),
-                "affine": (0.05, 0.03),
+                "affine": (0.05, 0.02),
             },
             "loss": {
                 "similarity": "lncc",
