@@ -64,8 +64,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
             f"{', '.join(sorted(known)) or 'none'}; mend it in the configuration."
         )
     dataset = source(Path(config.data.directory), **options)
+    made = dataset.synthesis is not None
     preprocessing, resident = config.data.preprocessing.to_dict(), config.data.cache == "device"
     cache = None if resident else config.data.cache or None
+    _check_made(config, made)
     pairs = sources.split(dataset, "train")
     held_out = _spread(sources.split(dataset, "validation"), config.validation_pairs)
     evaluation.check([*pairs, *held_out], evaluation.method_of(None))
@@ -101,11 +103,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
     planes = split.count * split.planes if split else shape[0]
     image = jax.ShapeDtypeStruct((batch_size, planes, *shape[1:], 1), jnp.float32, sharding=parallel.sharded(mesh))
     try:
-        jax.eval_shape(step_once, now, {"fixed": image, "moving": image})
+        jax.eval_shape(step_once, now, feeding.shapes(image, made=made))
     except (TypeError, ValueError) as error:
         raise BadInput(f"config.model or config.loss: {error}") from error
     predictor = Predictor(module, now.params, preprocessing, config.model.name, "")
-    volumes = feeding.upload(pairs, preprocessing, shape, replicated) if resident else None
+    volumes = feeding.upload(pairs, preprocessing, shape, replicated, classes=made) if resident else None
     feed = feeding.feeder(mesh, split, volumes)
 
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
@@ -129,7 +131,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             pipeline.batches(
                 pairs, preprocessing, batch_size=batch_size, seed=config.seed, start_step=start,
                 workers=config.data.workers,
-                flips=config.data.flips, affine=config.data.affine, images=not resident, cache=cache,
+                flips=config.data.flips, affine=config.data.affine, synthesis=dataset.synthesis,
+                images=not resident, cache=cache,
                 process_index=share, process_count=shares,
             ) as batches,
         ):  # fmt: skip
@@ -232,6 +235,19 @@ def _check(config: ConfigDict, batch_size: int, shares: int) -> None:
             raise BadInput(
                 f"{name} is {config[name]} and log_every {config.log_every}; make it a multiple of log_every."
             )
+
+
+def _check_made(config: ConfigDict, made: bool) -> None:
+    """Whether images are made of label maps, and what of the configuration is only for one or the other."""
+    if made and config.data.cache != "device":
+        raise BadInput(f"data.cache is {config.data.cache!r}; images are made of label maps on the device: 'device'.")
+    if made and config.data.preprocessing.normalise != "percentile":
+        raise BadInput(
+            f"data.preprocessing.normalise is {config.data.preprocessing.normalise!r}; images made of label maps are "
+            "normalised by 'percentile', so that is what the network must see of others."
+        )
+    if not made and config.loss.to_dict().keys() & {"label_weight", "label_count"}:
+        raise BadInput(f"loss.label_weight needs data.name 'label_maps', not {config.data.name!r}; leave it out.")
 
 
 def _check_numbers(measured: dict[str, float], step: int, names: Sequence[str], config: ConfigDict) -> None:

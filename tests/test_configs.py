@@ -11,16 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import pytest
 import training_runs as runs
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
-from dilformer_jax import cli, models
+from dilformer_jax import cli, models, train
 from dilformer_jax.data import sources
 from dilformer_jax.data.preprocessing import resolved
+from dilformer_jax.data.synthesis import OPTIONS, STRUCTURES
 from dilformer_jax.registration.predictor import keywords
-from dilformer_jax.training import logs, parallel, state
+from dilformer_jax.training import feeding, logs, parallel, state
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 # Of the images as they reach the network.
@@ -30,6 +32,7 @@ SHAPES = {
     "ixi_2mm": (80, 96, 112),
     "lpba40": (160, 192, 160),
     "lpba40_cpu": (80, 96, 80),
+    "synthseg": (160, 192, 160),
     "voxelmorph_lpba40_cpu": (80, 96, 80),
 }
 each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -98,9 +101,11 @@ def test_every_key_is_read_by_the_code(path: Path) -> None:
     parameters = lambda function: {f"{name}" for name in inspect.signature(function).parameters}
     known = {
         "model.options.": set(models.MODELS[config.model.name].__dataclass_fields__) - {"parent", "name"},
+        "data.options.synthesis.": set(OPTIONS),
         "data.options.": parameters(function) - {"directory"},
         "data.preprocessing.": set(resolved({})),
-        "loss.": parameters(state.losses.multi_resolution) - {"fixed", "moving", "displacements"},
+        "loss.": parameters(state.losses.multi_resolution)
+        - {"fixed", "moving", "displacements", "fixed_labels", "moving_labels"},
         "optimiser.": parameters(state.optimiser) - {"total_steps"},
     }
     for key in leaves(config):
@@ -144,10 +149,13 @@ def test_a_step_can_be_made_of_it(path: Path, argument: str) -> None:
         after, measured = step(state.State(jnp.zeros((), jnp.int32), params, transformation.init(params)), batch)
         return after.params, measured
 
-    after, measured = jax.eval_shape(advanced, params, {"fixed": image, "moving": image})
+    made = config.data.name == "label_maps"
+    after, measured = jax.eval_shape(advanced, params, feeding.shapes(image, made=made))
     of_leaf = lambda leaf: (leaf.shape, leaf.dtype)
     assert jax.tree.map(of_leaf, after) == jax.tree.map(of_leaf, params)
-    assert {"loss", "similarity", "regulariser", "regulariser_share", "gradient_norm"} == set(measured)
+    parts = {"loss", "similarity", "regulariser", "regulariser_share", "gradient_norm"}
+    assert set(measured) == parts | ({"overlap"} if made else set())
+    assert not made or config.loss.label_count == len(STRUCTURES)
 
 
 TRAINING = """
@@ -205,6 +213,29 @@ def test_ixi_trains(tmp_path: Path) -> None:
         path.write_bytes(pickle.dumps((image.astype(np.float64), ids[labels])))
     train_all(("ixi.py", tmp_path / "data", tmp_path / "run"))
     check(tmp_path / "run", 0.3, 0.8)
+
+
+def test_synthseg_trains(tmp_path: Path) -> None:
+    """On images made of the label maps of six phantoms."""
+    from dilformer_jax.data.phantoms import phantom
+
+    (tmp_path / "data").mkdir()
+    ids = np.array([0, 24, *STRUCTURES], np.uint8)
+    for number in range(6):
+        labels = phantom(number, (32, 40, 36))[1]
+        image = nib.Nifti1Image(ids[labels % len(ids)], np.eye(4))
+        nib.save(image, tmp_path / "data" / f"seg_{number}.nii.gz")
+    train_all(("synthseg.py", tmp_path / "data", tmp_path / "run"))
+    lines = logs.read(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 2] and 0.2 < lines[0]["dice_identity"] < 0.8
+    # Twice as much as the label overlap lacks, less the two levels' similarity.
+    for line in lines[1:3]:
+        parts = -line["similarity"] + line["regulariser"] + 2 * (1 - line["overlap"])
+        assert line["loss"] == pytest.approx(parts, abs=1e-5) and 0.1 < line["overlap"] < 0.9
+    config = cli.load_config(f"{runs.ROOT / 'configs' / 'synthseg.py'}:tiny")
+    config.data.directory, config.data.preprocessing.normalise = str(tmp_path / "data"), "max"
+    with pytest.raises(cli.BadInput, match="normalise is 'max'; images made of label maps are normalised by 'perc"):
+        train.train(config, tmp_path / "other")
 
 
 @pytest.mark.data

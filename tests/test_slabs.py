@@ -44,12 +44,14 @@ def layers(fine, coarse, u, parameters):
 
 def similarities(fine, coarse, u, parameters):
     first, second = fine[..., :1], jnp.sin(fine[..., 1:])
+    labels = [jnp.minimum(jnp.abs(2 * x), 3).astype(jnp.uint8) for x in (first, fine[..., 1:])]
     return {
         "LNCC": losses.lncc(first, second, 7),
         "LNCC, zeros": losses.lncc(first, second, 3, border="zeros"),
         "LNCC, beyond the next slab": losses.lncc(coarse[..., :1], coarse[..., 1:], 9),
         "MSE": losses.mse(first, second),
         "Dice": losses.soft_dice(first, second),
+        "label overlap": losses.label_overlap(*labels, spatial.average(u), 3),
         "diffusion": losses.diffusion(u),
         "bending": losses.bending(u),
     }

@@ -240,7 +240,7 @@ def test_phantoms_made_otherwise_are_refused(tmp_path):
 
 def test_every_data_set_is_listed_by_name():
     assert {name: function.__name__ for name, function in DATASETS.items()} == {name: name for name in DATASETS}
-    assert len(DATASETS) == 6
+    assert len(DATASETS) == 7
     with pytest.raises(BadInput):
         split(Dataset((), (), (), (), ""), "test")
 

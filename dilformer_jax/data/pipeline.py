@@ -19,6 +19,7 @@ from absl import flags as absl_flags
 
 from dilformer_jax.data.preprocessing import by, downsampled_shape, load, load_image, load_labels, resolved
 from dilformer_jax.data.sources import Pair, Subject
+from dilformer_jax.data.synthesis import drawn
 from dilformer_jax.io import geometry
 from dilformer_jax.io.volumes import BadInput, open_nifti, read_image
 
@@ -130,6 +131,7 @@ def batches(
     workers: int = 0,
     flips: Sequence[int] = (),
     affine: Sequence[float] = (0.0, 0.0),
+    synthesis: Mapping[str, Any] | None = None,
     images: bool = True,
     cache: Path | str | None = None,
 ) -> Batches:
@@ -143,6 +145,7 @@ def batches(
     image: `affine` holds the standard deviations of the entries of a map's matrix, less the identity, first of a map
     common to both images, then of one that each has of its own and that comes first. Each map also shifts, along each
     axis, by a random part of the volume's edge, whose standard deviation is a quarter of that.
+    Given the options of a `synthesis`, each example has all that `synthesis.drawn` draws by them as well.
     With `images` False the stream is the same without 'fixed' and 'moving': for volumes that are on the device.
     `batch_size` is that of all processes together and B = batch_size / process_count. At any step, process p of n has
     the examples p, p + n, p + 2n ... of what a single process would have: the concatenation of the n parts is the same
@@ -174,6 +177,9 @@ def batches(
     stream = stream.random_map(partial(_with_flips, axes=tuple(flips)))
     if any(affine):
         stream = stream.random_map(partial(_with_affine, common=affine[0], own=affine[1], edges=shape))
+    if synthesis is not None:
+        voxel = tuple(size * settings["downsample"] for size in spacing(pairs[0].fixed))
+        stream = stream.random_map(partial(_with_synthesis, options=dict(synthesis), voxel=voxel))
     stream = stream[process_index::process_count]
     if images:
         folder = None if cache is None else Path(cache)
@@ -242,6 +248,15 @@ def _random_affine(generator: np.random.Generator, deviation: float, edges: tupl
     affine[:3, :3] += deviation * generator.standard_normal((3, 3))
     affine[:3, 3] = deviation / 4 * generator.standard_normal(3) * edges
     return affine
+
+
+def _with_synthesis(
+    example: dict[str, np.ndarray],
+    generator: np.random.Generator,
+    options: dict[str, Any],
+    voxel: tuple[float, float, float],
+) -> dict[str, np.ndarray]:
+    return example | drawn(generator, options, voxel)
 
 
 def _with_images(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, UInt8
 
+from dilformer_jax.data import synthesis
 from dilformer_jax.data.sources import Subject
 from dilformer_jax.io.pickles import read_pickle
 from dilformer_jax.io.volumes import BadInput, check_same_grid, normalise, read_image, read_labels, replacing
@@ -55,7 +56,8 @@ def load_image(
 ) -> Float32[np.ndarray, "d h w 1"]:
     """The image that `load` gives, for those who need no labels."""
     settings = resolved(preprocessing)
-    return _kept("image", [subject.image], settings, cache, partial(_decoded_image, subject, settings))
+    kind = "image" if subject.seed is None else f"T1-like image, {synthesis.VERSION}, {subject.seed}"
+    return _kept(kind, [subject.image], settings, cache, partial(_decoded_image, subject, settings))
 
 
 def decode_image(subject: Subject, preprocessing: Mapping[str, Any]) -> Float32[np.ndarray, "d h w 1"]:
@@ -72,6 +74,19 @@ def load_labels(
         return None
     files = [subject.image, subject.labels]
     return _kept("labels", files, settings, cache, partial(_decoded_labels, subject.image, subject.labels, settings))
+
+
+def decode_classes(subject: Subject, preprocessing: Mapping[str, Any]) -> UInt8[np.ndarray, "d h w"]:
+    """The subject's label map as `synthesis.classes`, on the grid of the images that are to be made of it: cropped, and
+    of each block that downsampling would average its middle voxel. Raises BadInput as `load` does."""
+    settings = resolved(preprocessing)
+    assert subject.labels is not None
+    labels = read_labels(subject.labels).array
+    labels = _boxed(labels, corner(labels, settings["crop_to"]), settings["crop_to"], mode="constant")
+    factor = settings["downsample"]
+    downsampled_shape(labels.shape, factor, subject.labels)
+    middle = (slice(factor // 2, None, factor),) * 3
+    return synthesis.classes(labels[middle], subject.labels)
 
 
 def resolved(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +153,11 @@ def by(shape: tuple[int, ...]) -> str:
 
 
 def _decoded_image(subject: Subject, settings: dict[str, Any]) -> np.ndarray:
-    return prepared(_voxels(subject.image), settings, subject.image)
+    if subject.seed is None:
+        image = _voxels(subject.image)
+    else:
+        image = synthesis.t1_like(synthesis.classes(read_labels(subject.image).array, subject.image), subject.seed)
+    return prepared(image, settings, subject.image)
 
 
 def _decoded_labels(image_path: Path, path: Path, settings: dict[str, Any]) -> np.ndarray:

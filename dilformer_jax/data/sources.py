@@ -3,15 +3,17 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
 from dilformer_jax.data.phantoms import LABELS as PHANTOM_LABELS
 from dilformer_jax.data.phantoms import phantom
+from dilformer_jax.data.synthesis import STRUCTURES, options_of
 from dilformer_jax.io.volumes import BadInput, Volume, read_labels, replacing, write_image, write_labels
 
 SPLITS = ("train", "validation", "test")
@@ -28,11 +30,15 @@ IXI_LABELS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """One brain: the file of its image and that of its labels, if it has any; one and the same for a pickle of both."""
+    """One brain: the file of its image and that of its labels, if it has any; one and the same for a pickle of both.
+
+    Where there is a `seed`, both are its label map, and its image is what `synthesis.t1_like` makes of that.
+    """
 
     name: str
     image: Path
     labels: Path | None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pairs to train on, to choose by and to report, the label ids that are scored, and what its licence allows."""
+    """Pairs to train on, to choose by and to report, the label ids that are scored, and what its licence allows.
+
+    Where there are options of `synthesis`, training makes an image of the label maps anew at every step.
+    """
 
     train: tuple[Pair, ...]
     validation: tuple[Pair, ...]
     test: tuple[Pair, ...]
     labels: tuple[int, ...]
     licence: str
+    synthesis: Mapping[str, Any] | None = None
 
 
 def split(dataset: Dataset, name: str) -> tuple[Pair, ...]:
@@ -277,6 +287,30 @@ def phantoms(
     )
 
 
+def label_maps(directory: Path | str, *, validation: int = 4, synthesis: Mapping[str, Any] | None = None) -> Dataset:
+    """Label maps alone, seg_*.nii.gz, of which images are made with these options of `data.synthesis`. By name, the
+    last `validation` of them are kept to choose by, as T1-like images that are the same ones every time.
+
+    Raises BadInput for a folder with too few of them and for options that there are not.
+    """
+    directory = Path(directory)
+    paths = sorted(directory.glob("seg_*.nii.gz"))
+    if validation < 2 or len(paths) < validation + 2:
+        raise BadInput(
+            f"{directory} {_found(directory)}, {len(paths)} of them seg_*.nii.gz, and {validation} are for validation; "
+            "give two or more for that and two to train on."
+        )
+    subjects = [Subject(stem(path), path, path, seed) for seed, path in enumerate(paths)]
+    return Dataset(
+        ordered_pairs(subjects[:-validation]),
+        ordered_pairs(subjects[-validation:]),
+        (),
+        STRUCTURES,
+        f"that of the label maps in {directory}",
+        options_of(synthesis or {}),
+    )
+
+
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "lpba40": lpba40,
     "ixi_2mm": ixi_2mm,
@@ -284,6 +318,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "folder": folder,
     "pairs_csv": pairs_csv,
     "phantoms": phantoms,
+    "label_maps": label_maps,
 }
 
 

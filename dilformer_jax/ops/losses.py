@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from dilformer_jax.ops import slabs, spatial
 
@@ -159,6 +159,33 @@ def soft_dice(fixed: Float[Array, "*b d h w k"], moved: Float[Array, "*b d h w k
     return (2 * total(fixed * moved) / (total(fixed**2) + total(moved**2) + epsilon)).mean()
 
 
+def label_overlap(
+    fixed: UInt8[Array, "b d h w 1"], moving: UInt8[Array, "b d h w 1"], u: Float[Array, "b e f g 3"], count: int
+) -> Scalar:
+    """The mean soft Dice, 2 Σ f·m / (Σ f + Σ m), of the labels 1 to `count` that are in the fixed map, over all pairs
+    (SynthMorph's, Hoffmann et al., TMI 2022).
+
+    The displacement may lie on a coarser grid, so many times: f and m are each label's share of the voxels there, m
+    read trilinearly where it has come from.
+    """
+    factor = fixed.shape[-2] // u.shape[-2]
+    f = _shares(fixed, factor, count)
+    m = spatial.warp(_shares(moving, factor, count), u)
+    total = lambda x: slabs.total(slabs.masked(x).sum((-4, -3, -2)))
+    fixed_sum = total(f)
+    there = (fixed_sum > 0).astype(jnp.float32)
+    dice = 2 * total(f * m) / jnp.maximum(fixed_sum + total(m), 1e-5)
+    # Of all pairs together, as a mean over devices and parts of a batch has it: a pair counts by its mean.
+    return ((dice * there).sum(-1) / jnp.maximum(there.sum(-1), 1)).mean()
+
+
+def _shares(labels: UInt8[Array, "b d h w 1"], factor: int, count: int) -> Float[Array, "b e f g k"]:
+    b, d, h, w, _ = labels.shape
+    blocks = labels.reshape(b, d // factor, factor, h // factor, factor, w // factor, factor)
+    blocks = blocks.transpose(0, 1, 3, 5, 2, 4, 6).reshape(*(b, d // factor, h // factor, w // factor), 1, factor**3)
+    return (blocks == jnp.arange(1, count + 1, dtype=labels.dtype)[:, None]).astype(jnp.float32).mean(-1)
+
+
 def diffusion(u: Displacement, spacing: Float[Array, "3"] | None = None) -> Scalar:
     """The mean squared forward difference of a displacement, over its three components and three axes (VoxelMorph's
     `Grad('l2')`).
@@ -247,8 +274,13 @@ def multi_resolution(
     regulariser: str,
     regulariser_weight: float,
     border: str,
+    fixed_labels: UInt8[Array, "b d h w 1"] | None = None,
+    moving_labels: UInt8[Array, "b d h w 1"] | None = None,
+    label_count: int = 0,
+    label_weight: float = 0.0,
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """Σ over levels l of weights[l] · (dissimilarity_l + regulariser_weight · regulariser_l).
+    """Σ over levels l of weights[l] · (dissimilarity_l + regulariser_weight · regulariser_l) and, where there are
+    labels 1 to `label_count`, label_weight · (1 - `label_overlap`) at the finest of the levels.
 
     Level l is `finest` + its place in `weights`: the images averaged l times, and the displacement of that level, in
     its own voxels. Where a network ends at a coarser level than `finest`, its finest displacement is enlarged to it. A
@@ -256,7 +288,7 @@ def multi_resolution(
 
     Returns:
       The loss, and its parts summed with the same weights: similarity (LNCC: higher is better; MSE: lower is better)
-      and regulariser (as it enters the loss).
+      and regulariser (as it enters the loss); with labels, their overlap.
 
     Raises:
       ValueError: an unknown similarity or regulariser, weights and windows of different lengths, or a level above 0.
@@ -274,15 +306,20 @@ def multi_resolution(
     for _ in range(finest):
         fixed, moving = spatial.average(fixed), spatial.average(moving)
     by_shape = {u.shape[1:4]: u for u in displacements}
-    similar, smooth = jnp.float32(0), jnp.float32(0)
+    similar, smooth, more = jnp.float32(0), jnp.float32(0), {}
     for level, (weight, window) in enumerate(zip(weights, windows, strict=True)):
         if level:
             fixed, moving = spatial.average(fixed), spatial.average(moving)
         shape = fixed.shape[1:4]
         u = by_shape[shape] if shape in by_shape else spatial.resize_displacement(displacements[0], shape)
+        if level == 0 and fixed_labels is not None and moving_labels is not None:
+            more = {"overlap": label_overlap(fixed_labels, moving_labels, u, label_count)}
         moved = spatial.warp(moving, u)
         alike = lncc(fixed, moved, window, border=border) if similarity == "lncc" else mse(fixed, moved)
         similar += weight * alike
         smooth += weight * regulariser_weight * REGULARISERS[regulariser](u)
     dissimilarity = -similar if similarity == "lncc" else similar
-    return dissimilarity + smooth, {"similarity": similar, "regulariser": smooth}
+    loss = dissimilarity + smooth
+    if more:
+        loss += label_weight * (1 - more["overlap"])
+    return loss, {"similarity": similar, "regulariser": smooth} | more

@@ -105,7 +105,7 @@ def check(pairs: Sequence[Pair], method: Method) -> None:
             image = open_nifti(subject.image)
             # An array that takes no memory: only its shape is looked at.
             grids[subject] = Volume(
-                np.broadcast_to(np.float32(0), image.shape[:3]), image.affine, subject.image, image.header
+                np.broadcast_to(np.float32(0), image.shape[:3]), _affine(subject), subject.image, image.header
             )
     for pair in pairs:
         if pair.fixed in grids and pair.moving in grids:
@@ -174,12 +174,13 @@ def overlap(case: Case, labels: Sequence[int]) -> dict[str, float]:
 
 def _read(subject: Subject) -> tuple[Volume, np.ndarray | None]:
     image, labels = load(subject, RAW)  # kept in memory, so that each file is decoded once
-    if subject.image.suffix == ".pkl":
-        affine, header = np.eye(4), nib.nifti1.Nifti1Header()
-    else:
-        nifti = open_nifti(subject.image)
-        affine, header = nifti.affine, nifti.header
-    return Volume(image[..., 0], affine, subject.image, header), labels
+    header = nib.nifti1.Nifti1Header() if subject.image.suffix == ".pkl" else open_nifti(subject.image).header
+    return Volume(image[..., 0], _affine(subject), subject.image, header), labels
+
+
+def _affine(subject: Subject) -> np.ndarray:
+    # Label maps of which images are made lie each in a frame of its own: voxels are compared, as those of pickles are.
+    return np.eye(4) if subject.image.suffix == ".pkl" or subject.seed is not None else open_nifti(subject.image).affine
 
 
 def _nothing(shape: tuple[int, ...], name: object) -> None:

@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from dilformer_jax.data.pipeline import check_extent
-from dilformer_jax.data.preprocessing import decode_image
+from dilformer_jax.data.preprocessing import decode_classes, decode_image
 from dilformer_jax.data.sources import Pair
 from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.ops import slabs
 from dilformer_jax.ops.slabs import Slabs
-from dilformer_jax.training import parallel
+from dilformer_jax.training import parallel, synthesis
 
 SHARE = 0.5  # of a device's memory, at most, for volumes: the rest is the step's
 HOST_BYTES = 8 << 30  # for all devices together, where a device is part of the host and tells no limit
@@ -33,17 +33,23 @@ READERS = 4
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """A set of pairs whose volumes (subjects, D, H, W, 1) are on every device; `rows` (pairs, 2) says which of them are
-    the fixed and the moving image of each pair."""
+    """A set of pairs whose volumes (subjects, D, H, W, 1), images or class maps of `data.synthesis`, are on every
+    device; `rows` (pairs, 2) says which of them are the fixed and the moving one of each pair."""
 
-    volumes: Float[Array, "n d h w 1"]
+    volumes: Float[Array, "n d h w 1"] | UInt8[Array, "n d h w 1"]
     rows: Int[np.ndarray, "pairs 2"]
 
 
 def upload(
-    pairs: Sequence[Pair], preprocessing: Mapping[str, Any], shape: tuple[int, int, int], replicated: NamedSharding
+    pairs: Sequence[Pair],
+    preprocessing: Mapping[str, Any],
+    shape: tuple[int, int, int],
+    replicated: NamedSharding,
+    *,
+    classes: bool = False,
 ) -> Resident:
-    """Decodes each subject of the pairs once and copies it to every device; `shape` is the images' common one.
+    """Decodes each subject of the pairs once, its image or else the `classes` of its label map, and copies it to every
+    device; `shape` is the images' common one.
 
     Raises BadInput where they do not fit into a device's memory beside the step, and for files that cannot be read or
     have another shape.
@@ -51,10 +57,11 @@ def upload(
     subjects = list(dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)))
     place = {subject: row for row, subject in enumerate(subjects)}
     check_room(len(subjects), shape, jax.local_devices()[0])
-    stack = np.empty((len(subjects), *shape, 1), np.float32)
+    stack = np.empty((len(subjects), *shape, 1), np.uint8 if classes else np.float32)
 
     def read(row: int) -> None:
-        image = decode_image(subjects[row], preprocessing)
+        subject = subjects[row]
+        image = decode_classes(subject, preprocessing)[..., None] if classes else decode_image(subject, preprocessing)
         check_extent(image, shape, subjects[row])
         stack[row] = image
 
@@ -83,11 +90,15 @@ def check_room(count: int, shape: tuple[int, int, int], device: Any) -> None:
 def feeder(mesh: Mesh, split: Slabs | None = None, resident: Resident | None = None) -> Callable[..., dict[str, Array]]:
     """The function from a process's share of a batch, as `pipeline.batches` gives it, to {'fixed', 'moving'} on the
     devices, (b, D, H, W, 1) for the b examples of all processes, and padded with zeros along D where the volumes are
-    split. It returns before the devices have done it."""
+    split. It returns before the devices have done it.
+
+    Of class maps it makes the images, and beside them {'fixed_clean', 'moving_clean', 'fixed_labels', 'moving_labels'}
+    of the same shape, as `data.synthesis.rendered` says.
+    """
     made = assembly(mesh, split)
 
     def feed(batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        how: Any = {name: batch[name] for name in ("flips", "affine") if name in batch}
+        how: Any = {name: batch[name] for name in batch if name not in ("index", "fixed", "moving")}
         if resident is not None:
             how |= {"rows": resident.rows[batch["index"]]}
             return made(resident.volumes, {}, parallel.to_devices(how, mesh))
@@ -116,7 +127,9 @@ def assembly(mesh: Mesh, split: Slabs | None) -> Any:
             taken = lambda column: jnp.stack([row(index) for index in how["rows"][:, column]])
             images = {"fixed": taken(0), "moving": taken(1)}
         flips = how.get("flips")
-        if "affine" in how:
+        if "key" in how:
+            images = synthesis.rendered(images["fixed"], images["moving"], how)
+        elif "affine" in how:
             flips = jnp.zeros((len(how["affine"]), 3), bool) if flips is None else flips
             maps = {"fixed": how["affine"][:, 0], "moving": how["affine"][:, 1]}
             images = {role: resampled(image, flips, maps[role]) for role, image in images.items()}
@@ -126,6 +139,16 @@ def assembly(mesh: Mesh, split: Slabs | None) -> Any:
             return {role: slabs.own(image) for role, image in images.items()}
 
     return made
+
+
+def shapes(image: jax.ShapeDtypeStruct, *, made: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `feeder` gives, in images of this shape; `made` from class maps or not."""
+    kinds = {"": jnp.float32} | ({"_clean": jnp.float32, "_labels": jnp.uint8} if made else {})
+    return {
+        f"{role}{kind}": jax.ShapeDtypeStruct(image.shape, dtype, sharding=image.sharding)
+        for kind, dtype in kinds.items()
+        for role in ("fixed", "moving")
+    }
 
 
 def flipped(image: Float[Array, "b d h w 1"], flips: Bool[Array, "b 3"]) -> Float[Array, "b d h w 1"]:

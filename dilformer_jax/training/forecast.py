@@ -1,6 +1,7 @@
 """How much memory a training step will need: asked of its compiled program, for which no volume is read or made."""
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from dilformer_jax import models
 from dilformer_jax.data import pipeline, sources
 from dilformer_jax.data.preprocessing import downsampled_shape, resolved
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.training import parallel, state
+from dilformer_jax.training import feeding, parallel, state
 
 Shape = tuple[int, int, int]
 
@@ -91,7 +92,8 @@ def need(config: ConfigDict, shape: Shape, count: int = 0) -> Need:
         now = jax.eval_shape(lambda: state.initial(module, transformation, config.seed))
         planes = split.count * split.planes if split else shape[0]
         image = jax.ShapeDtypeStruct((pairs, planes, *shape[1:], 1), jnp.float32, sharding=parallel.sharded(mesh))
-        lowered = step.lower(now, {"fixed": image, "moving": image})
+        batch = feeding.shapes(image, made=config.data.name == "label_maps")
+        lowered = step.lower(now, batch)
     except (TypeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
@@ -99,10 +101,11 @@ def need(config: ConfigDict, shape: Shape, count: int = 0) -> Need:
     # How well the code is optimised says nothing of its memory and, for a CPU, takes most of the time.
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     memory = lowered.compile(quick).memory_analysis()
-    batch = 2 * 4 * pairs * planes * shape[1] * shape[2] // mesh.size
-    volumes = 4 * count * shape[0] * shape[1] * shape[2] if config.data.cache == "device" else 0
+    ahead = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values()) // mesh.size
+    voxel = 1 if config.data.name == "label_maps" else 4
+    volumes = voxel * count * math.prod(shape) if config.data.cache == "device" else 0
     made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Need(memory.argument_size_in_bytes + batch, volumes, made)
+    return Need(memory.argument_size_in_bytes + ahead, volumes, made)
 
 
 def savings(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:

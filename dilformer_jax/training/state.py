@@ -17,6 +17,9 @@ from dilformer_jax.ops import losses, slabs
 from dilformer_jax.ops.slabs import Slabs
 from dilformer_jax.training import turns
 
+# What a batch may bring: the images that the network sees; what their similarity is measured on, where that is not
+# them; and their labels.
+ROLES = tuple(f"{role}{kind}" for kind in ("", "_clean", "_labels") for role in ("fixed", "moving"))
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -92,19 +95,30 @@ def step_function(
         every = lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
         return jax.tree.map(every, batch)
 
-    def objective(params, fixed, moving):
-        displacements = module.apply({"params": params}, fixed, moving, both=bidirectional, remat=remat)
-        if bidirectional:
+    def objective(params, batch):
+        displacements = module.apply(
+            {"params": params}, batch["fixed"], batch["moving"], both=bidirectional, remat=remat
+        )
+
+        def ordered(kind):
+            fixed, moving = batch[f"fixed{kind}"], batch[f"moving{kind}"]
+            if not bidirectional:
+                return fixed, moving
             # As the network orders them: pair by pair, both directions beside each other.
             beside = lambda first, second: jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
-            fixed, moving = beside(fixed, moving), beside(moving, fixed)
-        value, parts = losses.multi_resolution(fixed, moving, displacements, **loss)
+            return beside(fixed, moving), beside(moving, fixed)
+
+        # Made images come with what they show in one contrast, the same for both: that is what can be compared.
+        fixed, moving = ordered("_clean" if "fixed_clean" in batch else "")
+        names = ("fixed_labels", "moving_labels") if "fixed_labels" in batch else ()
+        labels = dict(zip(names, ordered("_labels") if names else (), strict=True))
+        value, parts = losses.multi_resolution(fixed, moving, displacements, **loss, **labels)
         # Each device's part of the mean over all of them: differentiated by one, it gives what its own copy of the
         # parameters contributes.
         return value / mesh.size, parts | {"loss": value}
 
     def differentiated(params, batch):
-        return jax.grad(objective, has_aux=True)(params, batch["fixed"], batch["moving"])
+        return jax.grad(objective, has_aux=True)(params, batch)
 
     def accumulated(params, batch):
         add = lambda total, part: (jax.tree.map(jnp.add, total, differentiated(params, part)), None)
@@ -136,7 +150,7 @@ def step_function(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=NamedSharding(mesh, jax.P()), compiler_options=layout)
     def step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
-        gradients, parts = measured(state.params, {name: batch[name] for name in ("fixed", "moving")})
+        gradients, parts = measured(state.params, {name: batch[name] for name in batch if name in ROLES})
         updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
         advanced = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         share = parts["regulariser"] / (jnp.abs(parts["similarity"]) + parts["regulariser"])
