@@ -64,10 +64,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
             f"{', '.join(sorted(known)) or 'none'}; mend it in the configuration."
         )
     dataset = source(Path(config.data.directory), **options)
-    made = dataset.synthesis is not None
+    made, labelled = dataset.synthesis is not None, "label_weight" in config.loss
     preprocessing, resident = config.data.preprocessing.to_dict(), config.data.cache == "device"
     cache = None if resident else config.data.cache or None
-    _check_made(config, made)
+    _check_labels(config, made, len(dataset.labels))
     pairs = sources.split(dataset, "train")
     held_out = _spread(sources.split(dataset, "validation"), config.validation_pairs)
     evaluation.check([*pairs, *held_out], evaluation.method_of(None))
@@ -103,11 +103,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
     planes = split.count * split.planes if split else shape[0]
     image = jax.ShapeDtypeStruct((batch_size, planes, *shape[1:], 1), jnp.float32, sharding=parallel.sharded(mesh))
     try:
-        jax.eval_shape(step_once, now, feeding.shapes(image, made=made))
+        jax.eval_shape(step_once, now, feeding.shapes(image, made=made, labelled=labelled))
     except (TypeError, ValueError) as error:
         raise BadInput(f"config.model or config.loss: {error}") from error
     predictor = Predictor(module, now.params, preprocessing, config.model.name, "")
-    volumes = feeding.upload(pairs, preprocessing, shape, replicated, classes=made) if resident else None
+    ids = dataset.labels if labelled and not made else ()
+    volumes = feeding.upload(pairs, preprocessing, shape, replicated, classes=made, ids=ids) if resident else None
     feed = feeding.feeder(mesh, split, volumes)
 
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
@@ -237,17 +238,20 @@ def _check(config: ConfigDict, batch_size: int, shares: int) -> None:
             )
 
 
-def _check_made(config: ConfigDict, made: bool) -> None:
-    """Whether images are made of label maps, and what of the configuration is only for one or the other."""
-    if made and config.data.cache != "device":
-        raise BadInput(f"data.cache is {config.data.cache!r}; images are made of label maps on the device: 'device'.")
+def _check_labels(config: ConfigDict, made: bool, count: int) -> None:
+    """Whether what the loss and the images want of label maps goes together; `count` is the data's labels."""
+    labelled = "label_weight" in config.loss
     if made and config.data.preprocessing.normalise != "percentile":
         raise BadInput(
             f"data.preprocessing.normalise is {config.data.preprocessing.normalise!r}; images made of label maps are "
             "normalised by 'percentile', so that is what the network must see of others."
         )
-    if not made and config.loss.to_dict().keys() & {"label_weight", "label_count"}:
-        raise BadInput(f"loss.label_weight needs data.name 'label_maps', not {config.data.name!r}; leave it out.")
+    if made and not labelled:
+        raise BadInput("loss has no label_weight, which images made of label maps need; add it, with label_count.")
+    if labelled and config.loss.label_count != count:
+        raise BadInput(f"loss.label_count is {config.loss.label_count} and the data have {count} labels; make it that.")
+    if (made or labelled) and config.data.cache != "device":
+        raise BadInput(f"data.cache is {config.data.cache!r}; label maps are trained on from the device: 'device'.")
 
 
 def _check_numbers(measured: dict[str, float], step: int, names: Sequence[str], config: ConfigDict) -> None:

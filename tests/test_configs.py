@@ -149,12 +149,12 @@ def test_a_step_can_be_made_of_it(path: Path, argument: str) -> None:
         after, measured = step(state.State(jnp.zeros((), jnp.int32), params, transformation.init(params)), batch)
         return after.params, measured
 
-    made = config.data.name == "label_maps"
-    after, measured = jax.eval_shape(advanced, params, feeding.shapes(image, made=made))
+    made, labelled = config.data.name == "label_maps", "label_weight" in config.loss
+    after, measured = jax.eval_shape(advanced, params, feeding.shapes(image, made=made, labelled=labelled))
     of_leaf = lambda leaf: (leaf.shape, leaf.dtype)
     assert jax.tree.map(of_leaf, after) == jax.tree.map(of_leaf, params)
     parts = {"loss", "similarity", "regulariser", "regulariser_share", "gradient_norm"}
-    assert set(measured) == parts | ({"overlap"} if made else set())
+    assert set(measured) == parts | ({"overlap"} if labelled else set())
     assert not made or config.loss.label_count == len(STRUCTURES)
 
 

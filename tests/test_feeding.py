@@ -27,8 +27,9 @@ SPLIT = parallel.slabs(MESH, 7, 5)
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, ...]:
     folder = tmp_path_factory.mktemp("volumes")
     for number in range(3):
-        image = np.random.default_rng(number).uniform(0.5, 1, SHAPE)
-        (folder / f"{number}.pkl").write_bytes(pickle.dumps((image, np.zeros(SHAPE, int))))
+        generator = np.random.default_rng(number)
+        image, labels = generator.uniform(0.5, 1, SHAPE), generator.choice([0, 7, 30, 31, 200], SHAPE)
+        (folder / f"{number}.pkl").write_bytes(pickle.dumps((image, labels)))
     return ordered_pairs([Subject(f"{n}", folder / f"{n}.pkl", folder / f"{n}.pkl") for n in range(3)])
 
 
@@ -74,6 +75,36 @@ def test_a_batch_is_what_numpy_makes_of_the_files(
                     np.testing.assert_allclose(found, image, rtol=0, atol=1e-6 if "affine" in how else 0)
 
 
+def test_label_maps_come_along_with_their_images(pairs: tuple[Pair, ...]) -> None:
+    """As classes of the ids asked for, nearest to where the image is read."""
+    ids = (200, 7, 31)
+    labelled = feeding.upload(pairs, PREPROCESSING, SHAPE, parallel.replicated(MESH), ids=ids)
+    feed = feeding.feeder(MESH, SPLIT, labelled)
+    how: Any = {"flips": (1, 2), "affine": (0.1, 0.05)}
+    with batches(pairs, PREPROCESSING, batch_size=8, seed=3, images=False, **how) as numbers:
+        told = next(numbers)
+    made = feed(told)
+    image = jax.ShapeDtypeStruct((8, 10, *SHAPE[1:], 1), np.float32)
+    expected = feeding.shapes(image, made=False, labelled=True)
+    assert {name: (x.shape, x.dtype) for name, x in made.items()} == {
+        n: (x.shape, x.dtype) for n, x in expected.items()
+    }
+    for column, role in enumerate(("fixed", "moving")):
+        for k, index in enumerate(told["index"]):
+            source = load(getattr(pairs[index], role), PREPROCESSING)[1]
+            classes = sum((number * (source == label) for number, label in enumerate(ids, 1)), np.zeros(SHAPE, int))
+            classes = np.flip(classes, np.flatnonzero(told["flips"][k]))
+            affine = told["affine"][k, column].astype(np.float64)
+            centre, matrix = (np.array(SHAPE) - 1) / 2, np.eye(3) + affine[:, :3]
+            offset = centre - matrix @ centre + affine[:, 3]
+            nearest = ndimage.affine_transform(classes, matrix, offset, order=0, mode="grid-constant")
+            found = np.asarray(made[f"{role}_labels"][k, : SHAPE[0], ..., 0])
+            assert (found != nearest).mean() < 0.01 and len(np.unique(found)) == 4  # halves may round either way
+    bare = [Pair(Subject("a", pairs[0].fixed.image, None), pairs[0].moving)]
+    with pytest.raises(BadInput, match=r"\d.pkl has no label map, which loss.label_weight needs"):
+        feeding.upload(bare, PREPROCESSING, SHAPE, parallel.replicated(MESH), ids=ids)
+
+
 def test_a_large_map_and_none() -> None:
     image = jax.random.uniform(jax.random.key(0), (2, 20, 24, 17, 1), minval=1.0)
     affine = 0.3 * jax.random.normal(jax.random.key(1), (2, 3, 4))
@@ -86,7 +117,7 @@ def test_a_large_map_and_none() -> None:
 def test_devices_make_their_own_examples(resident: feeding.Resident) -> None:
     """Nothing is sent between them, and no device makes another's."""
     numbers = {"rows": resident.rows[:4], "affine": np.zeros((4, 2, 3, 4), np.float32)}
-    program = feeding.assembly(MESH, SPLIT).lower(resident.volumes, {}, numbers)
+    program = feeding.assembly(MESH, SPLIT).lower(resident.volumes, None, {}, numbers)
     text = program.compile().as_text()
     assert "f32[2,5,8,6,1]" in text and "f32[4," not in text
     assert not any(word in text for word in ("all-gather", "all-reduce", "collective-permute", "all-to-all"))

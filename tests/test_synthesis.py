@@ -246,7 +246,7 @@ def test_what_the_devices_make_is_what_numpy_makes(folder: Path) -> None:
     assert (first["means"] != batch["means"]).any()
     made = feed(batch)
     image = jax.ShapeDtypeStruct((2, *SHAPE, 1), jnp.float32)
-    told = feeding.shapes(image, made=True)
+    told = feeding.shapes(image, made=True, labelled=True)
     assert {name: (x.shape, x.dtype) for name, x in made.items()} == {
         name: (x.shape, x.dtype) for name, x in told.items()
     }

@@ -76,17 +76,23 @@ def load_labels(
     return _kept("labels", files, settings, cache, partial(_decoded_labels, subject.image, subject.labels, settings))
 
 
-def decode_classes(subject: Subject, preprocessing: Mapping[str, Any]) -> UInt8[np.ndarray, "d h w"]:
-    """The subject's label map as `synthesis.classes`, on the grid of the images that are to be made of it: cropped, and
-    of each block that downsampling would average its middle voxel. Raises BadInput as `load` does."""
+def decode_classes(
+    subject: Subject, preprocessing: Mapping[str, Any], ids: Sequence[int] | None = None
+) -> UInt8[np.ndarray, "d h w"]:
+    """The subject's label map as classes, k for ids[k - 1] and 0 for every other id, or without `ids` those of
+    `synthesis.classes`; on the grid of the images: cropped, and of each block that downsampling averages its middle
+    voxel. Raises BadInput as `load` does."""
     settings = resolved(preprocessing)
     assert subject.labels is not None
-    labels = read_labels(subject.labels).array
-    labels = _boxed(labels, corner(labels, settings["crop_to"]), settings["crop_to"], mode="constant")
+    labels = _decoded_labels(subject.image, subject.labels, settings)
     factor = settings["downsample"]
     downsampled_shape(labels.shape, factor, subject.labels)
-    middle = (slice(factor // 2, None, factor),) * 3
-    return synthesis.classes(labels[middle], subject.labels)
+    labels = labels[(slice(factor // 2, None, factor),) * 3]
+    if ids is None:
+        return synthesis.classes(labels, subject.labels)
+    ordered = np.sort(ids)
+    number = np.argsort(ids)[np.searchsorted(ordered, labels).clip(max=len(ids) - 1)] + 1
+    return np.where(np.isin(labels, ordered), number, 0).astype(np.uint8)
 
 
 def resolved(preprocessing: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,10 +34,12 @@ READERS = 4
 @dataclass(frozen=True, eq=False)
 class Resident:
     """A set of pairs whose volumes (subjects, D, H, W, 1), images or class maps of `data.synthesis`, are on every
-    device; `rows` (pairs, 2) says which of them are the fixed and the moving one of each pair."""
+    device; `rows` (pairs, 2) says which of them are the fixed and the moving one of each pair. Beside images, `labels`
+    are their label maps as classes, where the loss looks at these."""
 
     volumes: Float[Array, "n d h w 1"] | UInt8[Array, "n d h w 1"]
     rows: Int[np.ndarray, "pairs 2"]
+    labels: UInt8[Array, "n d h w 1"] | None = None
 
 
 def upload(
@@ -47,29 +49,36 @@ def upload(
     replicated: NamedSharding,
     *,
     classes: bool = False,
+    ids: Sequence[int] = (),
 ) -> Resident:
     """Decodes each subject of the pairs once, its image or else the `classes` of its label map, and copies it to every
-    device; `shape` is the images' common one.
+    device; `shape` is the images' common one. Given the `ids` of labels, their maps go beside the images.
 
-    Raises BadInput where they do not fit into a device's memory beside the step, and for files that cannot be read or
-    have another shape.
+    Raises BadInput where they do not fit into a device's memory beside the step, for files that cannot be read or have
+    another shape, and for subjects without labels where these are asked for.
     """
     subjects = list(dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)))
     place = {subject: row for row, subject in enumerate(subjects)}
     check_room(len(subjects), shape, jax.local_devices()[0])
+    if ids and (bare := [subject for subject in subjects if subject.labels is None]):
+        raise BadInput(f"{bare[0].image} has no label map, which loss.label_weight needs; add it or leave that out.")
     stack = np.empty((len(subjects), *shape, 1), np.uint8 if classes else np.float32)
+    maps = np.empty((len(subjects) if ids else 0, *shape, 1), np.uint8)
 
     def read(row: int) -> None:
         subject = subjects[row]
         image = decode_classes(subject, preprocessing)[..., None] if classes else decode_image(subject, preprocessing)
-        check_extent(image, shape, subjects[row])
+        check_extent(image, shape, subject)
         stack[row] = image
+        if ids:
+            maps[row] = decode_classes(subject, preprocessing, ids)[..., None]
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(read, range(len(subjects))))
     rows = np.array([(place[pair.fixed], place[pair.moving]) for pair in pairs], np.int32)
     # Every process has read all of it: what each puts onto its own devices is the whole.
-    return Resident(jax.make_array_from_process_local_data(replicated, stack, stack.shape), rows)
+    placed = lambda array: jax.make_array_from_process_local_data(replicated, array, array.shape)
+    return Resident(placed(stack), rows, placed(maps) if ids else None)
 
 
 def check_room(count: int, shape: tuple[int, int, int], device: Any) -> None:
@@ -93,7 +102,7 @@ def feeder(mesh: Mesh, split: Slabs | None = None, resident: Resident | None = N
     split. It returns before the devices have done it.
 
     Of class maps it makes the images, and beside them {'fixed_clean', 'moving_clean', 'fixed_labels', 'moving_labels'}
-    of the same shape, as `data.synthesis.rendered` says.
+    of the same shape, as `data.synthesis.rendered` says; of images that have label maps beside them these too.
     """
     made = assembly(mesh, split)
 
@@ -101,15 +110,16 @@ def feeder(mesh: Mesh, split: Slabs | None = None, resident: Resident | None = N
         how: Any = {name: batch[name] for name in batch if name not in ("index", "fixed", "moving")}
         if resident is not None:
             how |= {"rows": resident.rows[batch["index"]]}
-            return made(resident.volumes, {}, parallel.to_devices(how, mesh))
+            return made(resident.volumes, resident.labels, {}, parallel.to_devices(how, mesh))
         images = parallel.to_devices({role: batch[role] for role in ("fixed", "moving")}, mesh)
-        return made(None, images, parallel.to_devices(how, mesh))
+        return made(None, None, images, parallel.to_devices(how, mesh))
 
     return feed
 
 
 def assembly(mesh: Mesh, split: Slabs | None) -> Any:
-    """The program behind `feeder`: (volumes, {}, numbers with 'rows') or (None, images, numbers) to the images.
+    """The program behind `feeder`: (volumes, label maps or None, {}, numbers with 'rows') or (None, None, images,
+    numbers) to the images.
 
     Each device makes its own examples from its own copy of the volumes, without a word to the others, and keeps its
     slab of them: an image is small beside its features.
@@ -118,21 +128,32 @@ def assembly(mesh: Mesh, split: Slabs | None) -> Any:
 
     @functools.partial(jax.jit, out_shardings=parallel.sharded(mesh))
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(jax.P(), rows, rows), out_specs=jax.P("data", "space"), check_vma=False
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P(), rows, rows),
+        out_specs=jax.P("data", "space"),
+        check_vma=False,
     )
-    def made(volumes: Array | None, images: dict[str, Array], how: dict[str, Array]) -> dict[str, Array]:
+    def made(
+        volumes: Array | None, labels: Array | None, images: dict[str, Array], how: dict[str, Array]
+    ) -> dict[str, Array]:
+        # A gather would do the same; XLA's for the CPU takes each voxel by itself.
+        row = lambda stack, index: lax.dynamic_index_in_dim(stack, index, keepdims=False)
+        taken = lambda stack, column: jnp.stack([row(stack, index) for index in how["rows"][:, column]])
         if volumes is not None:
-            # A gather would do the same; XLA's for the CPU takes each voxel by itself.
-            row = lambda index: lax.dynamic_index_in_dim(volumes, index, keepdims=False)
-            taken = lambda column: jnp.stack([row(index) for index in how["rows"][:, column]])
-            images = {"fixed": taken(0), "moving": taken(1)}
+            images = {"fixed": taken(volumes, 0), "moving": taken(volumes, 1)}
+        if labels is not None:
+            images |= {"fixed_labels": taken(labels, 0), "moving_labels": taken(labels, 1)}
         flips = how.get("flips")
         if "key" in how:
             images = synthesis.rendered(images["fixed"], images["moving"], how)
         elif "affine" in how:
             flips = jnp.zeros((len(how["affine"]), 3), bool) if flips is None else flips
             maps = {"fixed": how["affine"][:, 0], "moving": how["affine"][:, 1]}
-            images = {role: resampled(image, flips, maps[role]) for role, image in images.items()}
+            images = {
+                name: (relabelled if name.endswith("_labels") else resampled)(x, flips, maps[name.split("_")[0]])
+                for name, x in images.items()
+            }
         elif flips is not None:
             images = {role: flipped(image, flips) for role, image in images.items()}
         with slabs.split(split):
@@ -141,9 +162,9 @@ def assembly(mesh: Mesh, split: Slabs | None) -> Any:
     return made
 
 
-def shapes(image: jax.ShapeDtypeStruct, *, made: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `feeder` gives, in images of this shape; `made` from class maps or not."""
-    kinds = {"": jnp.float32} | ({"_clean": jnp.float32, "_labels": jnp.uint8} if made else {})
+def shapes(image: jax.ShapeDtypeStruct, *, made: bool, labelled: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `feeder` gives, in images of this shape; `made` from class maps or not, with label maps beside or not."""
+    kinds = {"": jnp.float32} | ({"_clean": jnp.float32} if made else {}) | ({"_labels": jnp.uint8} if labelled else {})
     return {
         f"{role}{kind}": jax.ShapeDtypeStruct(image.shape, dtype, sharding=image.sharding)
         for kind, dtype in kinds.items()
@@ -194,3 +215,21 @@ def resampled(
         return low + fraction[axis] * (high - low)
 
     return jnp.where(inside, between(0, 0), 0)[..., None]
+
+
+@jax.vmap
+def relabelled(
+    labels: UInt8[Array, "d h w 1"], flips: Bool[Array, "3"], affine: Float32[Array, "3 4"]
+) -> UInt8[Array, "d h w 1"]:
+    """The label nearest to where `resampled` reads each voxel; 0 beyond the volume's faces."""
+    shape = labels.shape[:3]
+    away = [jnp.expand_dims(jnp.arange(n, dtype=jnp.float32) - (n - 1) / 2, [a for a in range(3) if a != axis])
+            for axis, n in enumerate(shape)]  # fmt: skip
+    place, inside = jnp.int32(0), jnp.bool_(True)
+    for axis, n in enumerate(shape):
+        reached = away[axis] + affine[axis, 3] + sum(affine[axis, other] * away[other] for other in range(3))
+        voxel = jnp.round(jnp.where(flips[axis], -1.0, 1.0) * reached + (n - 1) / 2).astype(jnp.int32)
+        inside &= (voxel >= 0) & (voxel < n)
+        place = place * n + voxel
+    found = labels.reshape(-1).at[jnp.where(inside, place, 0)].get(mode="promise_in_bounds")
+    return jnp.where(inside, found, 0)[..., None]
