@@ -54,8 +54,8 @@ def get_config(argument: str = "") -> ConfigDict:
                     "validation": 4,
                     "synthesis": {  # what each means: data/synthesis.py; lengths in mm
                         "t1": 0.5,
-                        "remapped": 0.25,
-                        "shared_contrast": 0.5,
+                        "remapped": 0.35,
+                        "shared_contrast": 0.4,
                         "without_below": 0.2,
                         "surroundings": 0.15,
                         "soft": 0.3,

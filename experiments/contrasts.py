@@ -31,7 +31,7 @@ LEVELS = (0.25, 0.55, 0.85)
 def recoloured(image: Float32[np.ndarray, "D H W"], seed: int) -> Float32[np.ndarray, "D H W"]:
     """The image, 0 where it is 0, with random levels for the three tissues, grey the darkest or the brightest."""
     generator = np.random.default_rng(seed)
-    low, middle, high = np.sort(generator.uniform(0.1, 1, 3))
+    low, middle, high = np.array([0.2, 0.55, 0.9]) + generator.uniform(-0.1, 0.1, 3)
     ends = generator.permutation([middle, high] if generator.random() < 0.5 else [low, middle])
     grey = low if high in ends else high
     x = normalise(image, "percentile")

@@ -52,8 +52,8 @@ VERSION = 1  # of the images that `t1_like` makes: raise it whenever a map and a
 # Lengths in mm; the largest of what is drawn uniformly from 0, and probabilities.
 OPTIONS: dict[str, Any] = {
     "t1": 0.5,  # that a contrast is T1-like, else every kind of structure has a mean at random
-    "remapped": 0.25,  # that a T1-like image is seen through a random curve
-    "shared_contrast": 0.5,  # that both images have one contrast
+    "remapped": 0.35,  # that a T1-like image is seen through a random curve
+    "shared_contrast": 0.4,  # that both images have one contrast
     "without_below": 0.2,  # that a pair has neither cerebellum nor brainstem
     "surroundings": 0.15,  # that a brain lies in something like a skull and a scalp
     "soft": 0.3,  # that the brain is cut out before the image is blurred, not after
