@@ -32,6 +32,7 @@ SHAPES = {
     "ixi_2mm": (80, 96, 112),
     "lpba40": (160, 192, 160),
     "lpba40_cpu": (80, 96, 80),
+    "lpba40_labels": (160, 192, 160),
     "synthseg": (160, 192, 160),
     "voxelmorph_lpba40_cpu": (80, 96, 80),
 }
