@@ -191,6 +191,10 @@ def main() -> None:
     budget = "seconds after which a case gets no new round (60)"
     parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help=budget)
     parser.add_argument("--quick", action="store_true", help="tiny sizes and networks: shows that it runs, not speed")
+    of_networks = "of whole networks on an accelerator (160x192x160 and 160x192x224, in both types)"
+    parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help=of_networks)
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes, help="likewise")
     for name in peers.NETWORKS:
         parser.add_argument(f"--{name}", type=Path, metavar="CLONE", help="the official repository, cloned")
     parser.add_argument("--data", type=Path, metavar="DIR", help="LPBA40, if it is not where lpba40_cpu.py has it")

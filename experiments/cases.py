@@ -70,7 +70,8 @@ def problems(arguments: argparse.Namespace, on_cpu: Shape) -> list[tuple[Shape, 
         return [((32, 32, 32), "float32")]
     if jax.default_backend() == "cpu":
         return [(on_cpu, "float32")]
-    return [(shape, dtype) for shape in ((160, 192, 160), (160, 192, 224)) for dtype in ("float32", "bfloat16")]
+    sizes = [tuple(arguments.size)] if arguments.size else [(160, 192, 160), (160, 192, 224)]
+    return [(shape, dtype) for shape in sizes for dtype in arguments.dtypes]
 
 
 def by(shape: tuple[int, ...]) -> str:
