@@ -41,15 +41,15 @@ def volume(path: Path, orientation: str, role: str = "fixed", array: np.ndarray 
 
 
 def wavy(seed: int = 0) -> tuple[Field, np.ndarray]:
-    """A smooth field of about 0.7 mm on a grid of its own, then an affine map."""
+    """A smooth field of about 0.7 mm on a grid of its own around all of these, then an affine map."""
     rng = np.random.default_rng(seed)
-    vectors = ndimage.gaussian_filter(rng.normal(size=(12, 11, 10, 3)), (1.5, 1.5, 1.5, 0)) * 5
+    vectors = ndimage.gaussian_filter(rng.normal(size=(16, 15, 14, 3)), (1.5, 1.5, 1.5, 0)) * 5
     matrix = np.eye(4)
     matrix[:3, :3] += rng.normal(size=(3, 3)) * 0.05
     matrix[:3, 3] = rng.normal(size=3)
     grid = np.eye(4)
     grid[:3, :3] = OBLIQUE * 2.4
-    grid[:3, 3] = -grid[:3, :3] @ [5.5, 5, 4.5]
+    grid[:3, 3] = [3, -2, 5] - grid[:3, :3] @ [7.5, 7, 6.5]
     return Field(vectors, grid), matrix
 
 
