@@ -39,8 +39,7 @@ def run(options: argparse.Namespace) -> None:
     reading = cli.reading(options)
     chain, ends = _chain(options, volumes, reading)
     names = _names(options, [*volumes, *options.points])
-    several = len(names) > 1 or not _is_file(options.output, names)
-    folder = options.output if several else options.output.parent
+    folder = options.output.parent if _is_file(options.output, names) else options.output
     reference = _reference(options) if volumes else None
     like = None if reference is None else read_place(reference, reading)
     with staged(folder) as staging:
@@ -93,9 +92,11 @@ def _chain(
 def _names(options: argparse.Namespace, inputs: Sequence[Path]) -> dict[Path, str]:
     """What the outputs are called. Raises BadInput where two would have one name, or one that of its input."""
     found: dict[Path, str] = {}
-    alone = len(inputs) == 1 and _is_file(options.output, inputs)
+    alone = _is_file(options.output, inputs)
     if len(inputs) > 1 and options.output.name.endswith((*VOLUMES, ".csv")):
         raise BadInput(f"--output {options.output} is one file for {len(inputs)} inputs; give a folder.")
+    if options.points and alone and options.output.name.endswith(VOLUMES):
+        raise BadInput(f"--output {options.output} is no name for a table of points; let it end in .csv.")
     for path in inputs:
         name = options.output.name if alone else re.sub(r"\.mg[zh]$", ".nii.gz", path.name)
         target = (options.output.parent if alone else options.output) / name
@@ -108,9 +109,8 @@ def _names(options: argparse.Namespace, inputs: Sequence[Path]) -> dict[Path, st
 
 
 def _is_file(output: Path, inputs: Sequence[Path] | dict[Path, str]) -> bool:
-    """Whether the output of a single input is a file of this name, not a folder."""
-    tables = all(path.suffix == ".csv" for path in inputs)
-    return not output.is_dir() and bool(output.name.endswith((*VOLUMES, ".csv")) or (tables and output.suffix))
+    """Whether the output of a single input is a file of this name, not a folder: it is none yet, and has a suffix."""
+    return len(inputs) == 1 and not output.is_dir() and re.search(r"\.[A-Za-z]\w*$", output.name) is not None
 
 
 def _reference(options: argparse.Namespace) -> Path:

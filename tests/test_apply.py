@@ -278,6 +278,9 @@ def test_outputs_are_not_confused_with_inputs(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(folder, tmp_path / "both.nii.gz", *words, "fixed.nii.gz")
     assert "is one file for 2 inputs; give a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path / "out.txt", *words)
+    assert "out.txt is no name for a NIfTI file; let it end in .nii.gz" in capsys.readouterr().err
     assert (tmp_path / "moving.nii.gz").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
     # FreeSurfer's volumes are read, NIfTI is written.
     nib.MGHImage(values(folder / "moving.nii.gz"), nib.load(folder / "moving.nii.gz").affine).to_filename(
