@@ -66,8 +66,8 @@ def refinement(options: argparse.Namespace, *, alone: bool = False) -> "Refineme
     return Refinement(steps, **given)
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """The options of which `reading` makes a Reading, and --assume-same-grid for labels and their image."""
+def add_reading(parser: argparse.ArgumentParser, *, pairs: bool = True) -> None:
+    """The options of which `reading` makes a Reading, and for `pairs` --assume-same-grid for labels and their image."""
     parser.add_argument("--prefer", choices=("sform", "qform"), help="which holds where a header's two places differ")
     parser.add_argument(
         "--assume-affine",
@@ -81,9 +81,12 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nan", choices=("error", "zero"), default="error", help="refuse NaN and infinite voxels (error), or read 0"
     )
-    parser.add_argument(
-        "--assume-same-grid", action="store_true", help="labels lie where their image lies, whatever their header says"
-    )
+    if pairs:
+        parser.add_argument(
+            "--assume-same-grid",
+            action="store_true",
+            help="labels lie where their image lies, whatever their header says",
+        )
 
 
 def reading(options: argparse.Namespace) -> Reading:

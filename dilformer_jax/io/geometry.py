@@ -82,6 +82,23 @@ def to_world(
     return world.astype(np.float32)
 
 
+def reframed(
+    vectors: Real[np.ndarray, "d h w 3"],
+    start: Real[np.ndarray, "4 4"],
+    through: Real[np.ndarray, "4 4"],
+    back: Real[np.ndarray, "4 4"],
+) -> Float32[np.ndarray, "d h w 3"]:
+    """through(start(x) + vectors(x)) - back(x) at each voxel x: displacements between other frames than they were.
+
+    `start` takes voxels to where the vectors begin, `through` where they end to the new frame, `back` voxels to it.
+    """
+    result = np.empty(vectors.shape, np.float32)
+    for plane, (old, new) in enumerate(zip(vectors, result, strict=True)):
+        voxels = np.insert(np.moveaxis(np.indices(old.shape[:2]), 0, -1), 0, plane, axis=-1)
+        new[:] = apply_affine(through, apply_affine(start, voxels) + old) - apply_affine(back, voxels)
+    return result
+
+
 def from_world(
     displacement: Real[np.ndarray, "d h w 3"],
     fixed_affine: Real[np.ndarray, "4 4"],

@@ -22,8 +22,10 @@ from dilformer_jax.ops.resampling import SLAB, WORKERS
 
 Points = Float64[np.ndarray, "n 3"]
 Matrix = Real[np.ndarray, "4 4"]
-INVERSE_ITERATIONS = 100
+INVERSE_ITERATIONS = 200
 INVERSE_TOLERANCE = 1e-3  # of a field's smallest voxel side
+SLOW = 0.8  # of its error, which a point keeps in a step, and more: it takes half the step from then on
+LEAST_RATE = 0.25
 FITTED = 4096  # voxels of a field, at most, that its affine part is fitted to
 CHECKED = 1000  # points at which a written file is compared with what it should hold
 CHECK_TOLERANCE = 1e-3  # of the grid's smallest voxel side
@@ -143,8 +145,9 @@ def inverted(points: Points, transform: Transform) -> tuple[Points, Float64[np.n
     """The points that the transform takes to these, and how far from these it takes them, in mm.
 
     A field is inverted by p <- p + M^-1 (q - T(p)) at each point (Chen et al., Med Phys 2008), M being its affine part,
-    so that fields which hold a large affine map have an inverse too. Where there is none, as in a fold, the error stays
-    above INVERSE_TOLERANCE of the field's smallest voxel side.
+    so that fields which hold a large affine map have an inverse too, and by parts of that step where whole ones lessen
+    the error by little. Where none is found, as in a tear, the error stays above INVERSE_TOLERANCE of the field's
+    smallest voxel side; where a field folds, one of several points is.
     """
     found = points
     for step in reversed(transform):
@@ -175,12 +178,18 @@ def _inverted_field(points: Points, field: Field) -> Points:
     tolerance = INVERSE_TOLERANCE * min(spacing(field.affine))
     found = apply_affine(back, points)
     going = np.arange(len(points))
+    # Where a field enlarges by more than 2, whole steps overshoot ever farther: those points take shorter ones.
+    rates, last = np.ones(len(points)), np.full(len(points), np.inf)
     for _ in range(INVERSE_ITERATIONS):
         here = found[going]
         error = points[going] - here - displaced(here, field)
-        wrong = np.linalg.norm(error, axis=1) > tolerance
-        going, error = going[wrong], error[wrong]
+        distance = np.linalg.norm(error, axis=1)
+        wrong = distance > tolerance
+        going, error, distance = going[wrong], error[wrong], distance[wrong]
         if not going.size:
             break
-        found[going] += error @ back[:3, :3].T
+        slow = distance > SLOW * last[going]
+        rates[going[slow]] = np.maximum(rates[going[slow]] / 2, LEAST_RATE)
+        last[going] = distance
+        found[going] += rates[going, None] * (error @ back[:3, :3].T)
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float32, Int, Num, Real
+from jaxtyping import Float32, Int, Integer, Num, Real
 from nibabel.spatialimages import SpatialImage
 
 from dilformer_jax.io.geometry import corner_distance
@@ -79,7 +79,7 @@ def read_labels(source: str | Path | SpatialImage, reading: Reading = ASKING, na
 
 def read_label_ids(
     source: str | Path | SpatialImage, reading: Reading = ASKING, name: str = "labels"
-) -> tuple[Volume, Int[np.ndarray, " k"]]:
+) -> tuple[Volume, Integer[np.ndarray, " k"]]:
     """A label map as int32 places (D, H, W) in the list of its ids, and that list, 0 first: labels = ids[places].
 
     The ids have the file's own type, exactly, 64 bits included, or the smallest integer type that fits where that is
@@ -178,7 +178,7 @@ def write_labels(path: str | Path, array: Num[np.ndarray, "d h w"], like: Volume
 
 
 def write_label_ids(
-    path: str | Path, places: Int[np.ndarray, "d h w"], ids: Int[np.ndarray, " k"], like: Volume
+    path: str | Path, places: Int[np.ndarray, "d h w"], ids: Integer[np.ndarray, " k"], like: Volume
 ) -> None:
     """Writes the label map ids[places] (D, H, W), as read_label_ids gives them, in the type of ids, 64 bits included;
     else as write_image.
