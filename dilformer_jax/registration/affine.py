@@ -303,7 +303,9 @@ def _searched() -> list[tuple[str, np.ndarray]]:
 
 @functools.cache
 def program() -> Any:
-    return jax.jit(_aligned)
+    # Small steps in loops: what the CPU's compiler does beyond this takes as long as an alignment and saves nothing.
+    little = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(_aligned, compiler_options=little if jax.default_backend() == "cpu" else None)
 
 
 def _aligned(
