@@ -69,7 +69,7 @@ def test_exported_weights_register_as_the_run_does(
         ours, theirs = (voxels(path / f"{name}.nii.gz") for path in (tmp_path / "out", registered))
         assert ours.tobytes() == theirs.tobytes() and np.ptp(ours) > 0
     records = [json.loads((path / "run.json").read_text()) for path in (tmp_path / "out", registered)]
-    assert len({record["parameters_sha256"] for record in records}) == 1
+    assert len({record["settings"]["parameters_sha256"] for record in records}) == 1
 
 
 def test_the_moved_image_is_the_moving_one_at_x_plus_u(registered: Path, phantoms: Path) -> None:
@@ -217,9 +217,9 @@ REGISTERING = [
     ({"fixed": "missing"}, "missing.nii.gz does not exist"),
     ({"moving": "missing"}, "missing.nii.gz does not exist"),
     ({"fixed": "text"}, "text.nii.gz is not compressed by gzip as its name says (31 bytes)"),
-    ({"moving": "frames"}, "frames.nii.gz is 4-D (32x32x32x2)"),
+    ({"moving": "frames"}, "frames.nii.gz has 2 frames; use --frame N"),
     ({"moving": "elsewhere"}, "elsewhere.nii.gz"),
-    ({"moving": "larger"}, "larger.nii.gz has 40x40x40 voxels"),
+    ({"moving": "larger"}, "larger.nii.gz has 40x40x40"),
     ({"fixed": "nan"}, "nan.nii.gz has 1 NaN or infinite voxels"),
     ({"fixed-labels": "fractions"}, "fractions.nii.gz has 32768 voxels with fractions"),
     ({"moving-labels": "larger"}, "larger.nii.gz has"),
@@ -262,7 +262,7 @@ def write_table(path: Path, phantoms: Path, spoilt: Path, fault: str) -> Path:
 FAULTS = [
     ("missing", "missing.nii.gz does not exist"),
     ("text", "text.nii.gz is not compressed by gzip"),
-    ("frames", "frames.nii.gz is 4-D"),
+    ("frames", "frames.nii.gz has 2 frames"),
     ("elsewhere", "elsewhere.nii.gz"),
     ("larger", "larger.nii.gz"),
     ("nan", "nan.nii.gz has 1 NaN or infinite voxels"),
@@ -355,7 +355,7 @@ def test_an_empty_folder_is_named(spoilt: Path, tmp_path: Path, capsys: pytest.C
 def test_the_programs_themselves_refuse_in_a_sentence(
     workdir: Path, phantoms: Path, spoilt: Path, tmp_path: Path, start: list[str]
 ) -> None:
-    changes, said = ({"moving": "frames"}, "frames.nii.gz is 4-D (32x32x32x2)")
+    changes, said = ({"moving": "frames"}, "frames.nii.gz has 2 frames; use --frame N")
     arguments = [*start, *spoilt_pair(phantoms, spoilt, changes), "--workdir", workdir, "--output", tmp_path / "out"]
     done = subprocess.run([str(a) for a in arguments], text=True, capture_output=True, env=runs.environment())
     sentence(done.returncode, done.stderr)

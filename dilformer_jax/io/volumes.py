@@ -109,7 +109,8 @@ def read_volume(source: str | Path | SpatialImage, reading: Reading = ASKING, na
         if reading.frame is None or not 0 <= reading.frame < frames:
             found = "" if reading.frame is None else f", counted from 0, and no frame {reading.frame}"
             raise BadInput(
-                f"{path} has {frames} frames{found}; use --frame N with N from 0 to {frames - 1}, or extract one first."
+                f"{path} has {frames} frames{found}; use --frame N with N from 0 to {frames - 1} (register, apply), or "
+                "extract one first."
             )
         frame, notes = reading.frame, (*notes, f"{path} has {frames} frames; frame {reading.frame} was read.")
     if len(shape) != 3 or 0 in shape:
