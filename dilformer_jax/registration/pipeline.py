@@ -145,7 +145,7 @@ def register(
             u, v = refined.displacement, refined.inverse
         assert u is not None
     with _clock(seconds, "inverse"):
-        v = np.asarray(_inverse(u)) if v is None else v
+        v = np.asarray(_inverse(u, v))
         residual, inside = (np.asarray(x) for x in _residual(u, v))
     images = {"fixed": still, "aligned": other, "moved": warp_image(other, u)}
     images["moving"] = grids.on_grid(seen_moving, grid, np.eye(4))
@@ -263,9 +263,15 @@ def _overlaps(fixed: Volume, moving: Volume, moved: Labels, affine: Matrix, dist
 
 
 @jax.jit
-def _inverse(u: Float[Array, "D H W 3"]) -> Float[Array, "D H W 3"]:
+def _inverse(u: Float[Array, "D H W 3"], start: Float[Array, "D H W 3"] | None = None) -> Float[Array, "D H W 3"]:
     """v with u(x + v(x)) + v(x) = 0, by the fixed-point iteration v <- -u(x + v(x)) (Chen et al., Med Phys 2008), and
-    in the end by half its steps, which converge wherever the deformation neither folds nor stretches fourfold."""
+    in the end by half its steps, which converge wherever the deformation neither folds nor stretches fourfold.
+
+    From a `start`, such as what integrating a velocity backwards gives, by half steps alone, which take away what
+    interpolation has added to it; where they do not come nearer, the start remains.
+    """
+    whole = INVERSE_ITERATIONS // 3 if start is None else 0
+    first = -u if start is None else start
 
     def going(state):
         step, _, change = state
@@ -274,9 +280,13 @@ def _inverse(u: Float[Array, "D H W 3"]) -> Float[Array, "D H W 3"]:
     def better(state):
         step, v, _ = state
         change = -spatial.warp(u, v) - v
-        return step + 1, v + jnp.where(step < INVERSE_ITERATIONS // 3, 1.0, 0.5) * change, jnp.abs(change).max()
+        return step + 1, v + jnp.where(step < whole, 1.0, 0.5) * change, jnp.abs(change).max()
 
-    return lax.while_loop(going, better, (0, -u, jnp.float32(jnp.inf)))[1]
+    v = lax.while_loop(going, better, (0, first, jnp.float32(jnp.inf)))[1]
+    if start is None:
+        return v
+    off = lambda v: jnp.square(spatial.compose(u, v)).sum(-1, keepdims=True)
+    return jnp.where(off(v) < off(start), v, start)
 
 
 @jax.jit
