@@ -6,7 +6,8 @@ a strided convolution; displacements and the loss live at 1/2 to 1/16 of it. Com
 
     python -m dilformer_jax.train --config configs/lpba40_labels.py --workdir runs/labels --config.data.directory=DIR
 
-`:tiny` is a test of the plumbing.
+Time: 7 minutes on one H100. Expected: Dice 0.758 over the 30 pairs, 0.522 before, 0.0075 % folded
+(experiments/results/lpba40_labels.md; those weights: experiments/lpba40). `:tiny` is a test of the plumbing.
 """
 
 from ml_collections import ConfigDict, config_dict  # type: ignore[import-untyped]

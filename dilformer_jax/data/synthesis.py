@@ -17,7 +17,7 @@ from dilformer_jax.io.volumes import BadInput
 
 # FreeSurfer's ids of each kind of structure, left and right; its tissue; its mean in a T1-weighted image, where that of
 # white matter is 1. The means are those of the subject that VoxelMorph distributes for tests (Apache-2.0), by its own
-# segmentation; SynthSeg's prior (Apache-2.0) has the same ratios for white matter, both cortices and pallidum.
+# segmentation. SynthSeg's prior does not name its classes; taken in the order of its labels it has similar ratios.
 KINDS: tuple[tuple[tuple[int, ...], str, float], ...] = (
     ((2, 41), "white", 1.0),
     ((3, 42), "grey", 0.64),  # cortex
