@@ -14,7 +14,8 @@ import training_runs as runs
 from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax import __main__
-from dilformer_jax.io.itk import read_displacement
+from dilformer_jax.io.geometry import reframed
+from dilformer_jax.io.itk import read_field
 from dilformer_jax.io.volumes import open_nifti, read_image, read_labels, read_voxels
 from dilformer_jax.models import bundle
 from dilformer_jax.ops import metrics
@@ -75,7 +76,8 @@ def test_exported_weights_register_as_the_run_does(
 def test_the_moved_image_is_the_moving_one_at_x_plus_u(registered: Path, phantoms: Path) -> None:
     """By SciPy, from the files alone; the label map by rounding to the nearest voxel."""
     fixed, moving = (read_image(phantoms / f"phantom_{name}_t1.nii.gz") for name in ("002", "003"))
-    u = read_displacement(registered / "field.nii.gz", fixed, moving)
+    field = read_field(registered / "field.nii.gz")
+    u = reframed(field.displacement, field.affine, np.linalg.inv(moving.affine), np.eye(4))
     assert np.linalg.norm(u, axis=-1).max() > 0.5
     points = np.indices(u.shape[:3]) + np.moveaxis(u.astype(np.float64), -1, 0)
     expected = ndimage.map_coordinates(moving.array, points, order=1, mode="nearest")

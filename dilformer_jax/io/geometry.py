@@ -99,16 +99,6 @@ def reframed(
     return result
 
 
-def from_world(
-    displacement: Real[np.ndarray, "d h w 3"],
-    fixed_affine: Real[np.ndarray, "4 4"],
-    moving_affine: Real[np.ndarray, "4 4"],
-) -> Float32[np.ndarray, "d h w 3"]:
-    """The inverse of to_world: RAS mm on the fixed grid -> voxels."""
-    millimetres = displacement + _gap(displacement.shape[:3], fixed_affine, moving_affine)
-    return (millimetres @ np.linalg.inv(moving_affine[:3, :3]).T).astype(np.float32)
-
-
 def _gap(shape: tuple[int, ...], a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a(x) - b(x) in mm at each voxel x (D, H, W, 3); exactly zero where the affines are equal."""
     voxels = np.moveaxis(np.indices(shape), 0, -1)

@@ -131,16 +131,6 @@ def check_agreement(path: Path, found: Transform, wanted: Transform, grid: Grid)
         raise RuntimeError(f"{path} reads back {error:.3g} voxels away from what was written")
 
 
-def matrix_of(transform: Transform) -> Float64[np.ndarray, "4 4"] | None:
-    """A transform of affine steps alone as one matrix; None where a field is among them."""
-    matrix = np.eye(4)
-    for step in transform:
-        if isinstance(step, Field):
-            return None
-        matrix = step @ matrix
-    return matrix
-
-
 def inverted(points: Points, transform: Transform) -> tuple[Points, Float64[np.ndarray, " n"]]:
     """The points that the transform takes to these, and how far from these it takes them, in mm.
 
