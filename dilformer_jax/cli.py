@@ -94,6 +94,25 @@ def reading(options: argparse.Namespace) -> Reading:
     return Reading(options.prefer, options.assume_affine, options.frame, options.nan)
 
 
+def labels(text: str) -> tuple[int, ...]:
+    """'21-34,41' as label ids, for `add_argument(type=...)`."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of labels such as 21-34,41 (at {part.strip()!r})")
+        found.extend(range(int(first), int(last or first) + 1))
+    return tuple(dict.fromkeys(found))
+
+
+def shard(text: str) -> tuple[int, int]:
+    """'2/4' as the second of four parts, for `add_argument(type=...)`."""
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole such as 1/4")
+    return int(first), int(last)
+
+
 def run(main: Callable[[ConfigDict, Path], None], argv: Sequence[str] | None = None) -> None:
     """Runs main(config, workdir) on `--config FILE.py[:ARGUMENT] --workdir DIR --config.key=value ...`.
 

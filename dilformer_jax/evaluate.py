@@ -1,29 +1,33 @@
-"""Scores a network, or doing nothing, over the pairs of a protocol: overlap, surface distance, folding, time."""
+"""Scores a network, or another method, over the pairs of a protocol: overlap, surface distance, folding, time.
+
+Stopped, it goes on with the same command where it was. Several processes share the work by --shard and one --output;
+the one that finds all pairs scored writes the results.
+"""
 
 import argparse
 import functools
-import importlib.util
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dilformer_jax import cli
-from dilformer_jax.data import sources
-from dilformer_jax.data.sources import Pair
+from dilformer_jax.data import protocols, sources
+from dilformer_jax.data.protocols import PROTOCOLS, Task
+from dilformer_jax.data.subjects import SPLITS, split
 from dilformer_jax.io.folders import staged
-from dilformer_jax.io.geometry import orientation, spacing
-from dilformer_jax.io.volumes import BadInput, normalise
-from dilformer_jax.reporting import html, provenance, tables
+from dilformer_jax.io.volumes import BadInput
+from dilformer_jax.reporting import provenance, tables
 
 if TYPE_CHECKING:
-    from dilformer_jax.registration.evaluation import Method
+    from dilformer_jax.registration.evaluation import Kept
+    from dilformer_jax.registration.methods import Method
+    from dilformer_jax.registration.scoring import Scoring
+    from dilformer_jax.registration.selection import Selection
 
-# What depends on the number of pairs and on their labels.
-PICTURES = ("first.png", "best.png", "median.png", "worst.png", "dice_per_label.png")
+METHODS = ("identity", "affine", "syn")
+UNFINISHED = "unfinished"  # folder for what is scored, until all is
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,29 +38,73 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace, command: str) -> None:
     """All of it, on the command line's options."""
     # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
+    from dilformer_jax.registration import evaluation, selection
+    from dilformer_jax.registration.scoring import Scoring
+
+    known = _selection(options)
+    task = _task(options, known)
+    worth = selection.sentence(task, None if options.method else known)
+    method = _method(options)
+    scoring = Scoring(task.labels, task.groups, options.tolerance)
+    evaluation.check(task.pairs, method)
+    output = options.output or (options.workdir or Path()) / _folder(options)
+
+    settings = {
+        "method": [method.name, method.settings, method.sha256],
+        "protocol": [task.name, task.split, scoring.definition, list(task.labels)],
+        "inverse_consistency": options.inverse_consistency,
+        "version": provenance.versions(),
+    }
+    kept = evaluation.Kept(output / UNFINISHED, task.pairs, settings)
+    part, parts = options.shard
+    timing = kept.timing(task.pairs[0], method)
+    mine = task.pairs[part - 1 :: parts]
+    start, done = time.perf_counter(), sum(kept.row(pair) is not None for pair in mine)
+    if done:
+        _say(f"{done} of {len(mine)} pairs were scored before; going on with the others.")
+    found = evaluation.scores(mine, method, scoring, kept, backward=options.inverse_consistency)
+    for number, row in enumerate(found, 1):
+        _say(_progress(row, done + number, len(mine), (time.perf_counter() - start) / number))
+
+    rows = [row for row in map(kept.row, task.pairs) if row is not None]
+    if len(rows) < len(task.pairs):
+        print(f"{len(rows)} of {len(task.pairs)} pairs are scored; the shard that comes last writes the results.")
+        return
+    _write(output, command, task, method, scoring, rows, {"timing": timing, "selection": worth})
+    kept.clear()
+
+
+def _write(
+    output: Path,
+    command: str,
+    task: Task,
+    method: "Method",
+    scoring: "Scoring",
+    rows: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+) -> None:
     import jax
 
-    from dilformer_jax.registration import evaluation
+    from dilformer_jax.reporting import evaluation_report
 
-    protocol, pairs, labels = _protocol(options)
-    method = _method(options)
-    evaluation.check(pairs, method)
-    output = options.output or (options.workdir or Path()) / _folder(options)
-    title = f"{method.name}, {protocol}"
-
-    with staged(output, PICTURES) as folder:
-        rows: list[dict[str, Any]] = []
-        start = time.perf_counter()
-        for row in evaluation.scores(pairs, labels, method):
-            rows.append(row)
-            dice = f"Dice {row['dice_before']:.4f} -> {row['dice']:.4f}, " if "dice" in row else ""
-            _say(
-                f"[{len(rows)}/{len(pairs)}] {row['name']}: {dice}{row['folding_percent']:.3g} % folded, "
-                f"{row['seconds']:.3g} s; {time.perf_counter() - start:.0f} s so far"
-            )
-
-        settings = {"method": method.name, "labels": _ranges(labels), **evaluation.DEFINITION}
-        summary = tables.write_results(folder, title, settings, rows, labels)
+    title = f"{method.name}, {task.name}" + (f", {task.split}" if task.split else "")
+    definition = {
+        "method": method.name,
+        "protocol": task.text,
+        "split": f"{task.split}: {about['selection']}" if task.split else about["selection"],
+        "labels": _ranges(task.labels),
+        **scoring.definition,
+    }
+    told = {
+        "method": method.name,
+        "method_settings": method.settings,
+        "split": task.split,
+        "aligned": task.aligned,
+        "label_names": {label: task.names[label] for label in task.labels if label in task.names},
+        **about,
+    }
+    with staged(output, evaluation_report.PICTURES) as folder:
+        summary = tables.write_results(folder, title, definition, rows, task.labels, told)
         run = {
             "command": command,
             "versions": provenance.versions(),
@@ -65,36 +113,46 @@ def run(options: argparse.Namespace, command: str) -> None:
             "parameters_sha256": method.sha256,
         }
         tables.write_json(folder / "run.json", run)
-
-        sections = [html.Section("Summary", tables.STATISTICS, [{"metric": k, **v} for k, v in summary.items()])]
-        if importlib.util.find_spec("matplotlib"):
-            sections += _pictures(folder, pairs, labels, method, rows)
-        else:
+        if not evaluation_report.write(folder, title, task, method, rows, summary, definition):
             _say("No pictures: matplotlib is not installed (pip install 'dilformer-jax[plot]').")
-        columns = ["name", *(metric for metric in tables.METRICS if any(metric in row for row in rows))]
-        sections += [
-            html.Section("Pairs", table=[{column: row.get(column) for column in columns} for row in rows]),
-            html.Section("Definitions", "\n\n".join(f"{name}: {text}" for name, text in settings.items())),
-        ]
-        html.report(folder / "report.html", title, sections)
 
-    print(title)
+    print(f"{title}\n\n{task.text}\n{definition['split']}\n")
     print(tables.summary_text(summary), end="")
+    timing = about["timing"]
+    print(
+        f"\nTime of a pair: {timing['median_seconds']:.3g} s, median of {timing['runs']} on {timing['device']}; "
+        f"{timing['compile_seconds']:.3g} s to compile."
+    )
     vanished = sum(len(row["vanished"]) for row in rows)
-    print(f"{len(rows)} pairs, {len(labels)} structures, {vanished} vanished in warping. Written to {output}")
+    print(f"{len(rows)} pairs, {len(task.labels)} structures, {vanished} vanished in warping. Written to {output}")
 
 
 def _parser() -> cli.Arguments:
-    parser = cli.Arguments(prog="dilformer evaluate", description=__doc__)
+    parser = cli.Arguments(
+        prog="dilformer evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
     parser.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
-    parser.add_argument("--method", choices=("identity",), help="doing nothing; with --refine, refinement alone")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        help="doing nothing (with --refine, refinement alone), an affine map, or ANTs' SyN",
+    )
     cli.add_refinement(parser, "none")
     pairs = parser.add_mutually_exclusive_group()
-    pairs.add_argument("--protocol", metavar="DATASET-SPLIT", help="e.g. lpba40-validation; needs --data")
+    pairs.add_argument("--protocol", metavar="NAME", help=f"one of {', '.join(PROTOCOLS)}; needs --data")
     pairs.add_argument("--pairs", type=Path, metavar="CSV", help="its pairs, or those whose split is test")
-    parser.add_argument("--data", type=Path, help="folder of the data set")
-    parser.add_argument("--labels", type=_label_list, metavar="21-34,41", help="labels to score, else the data set's")
+    parser.add_argument("--data", type=Path, help="folder of the data set, as it was distributed or prepared")
+    parser.add_argument("--split", choices=SPLITS, help="by default the test split, where its subjects are there")
+    parser.add_argument("--dataset", metavar="NAME", help="what --data holds, for --protocol clean (prepared)")
+    parser.add_argument("--labels", type=cli.labels, metavar="21-34,41", help="labels to score, else the data set's")
+    parser.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice nsd (1)")
+    parser.add_argument(
+        "--inverse-consistency", action="store_true", help="register each pair the other way round too, and compare"
+    )
+    parser.add_argument(
+        "--shard", type=cli.shard, default=(1, 1), metavar="K/N", help="the Kth of N parts, for as many processes"
+    )
     parser.add_argument(
         "--output", type=Path, help="folder for the results (WORKDIR/evaluation, with what was asked for in its name)"
     )
@@ -105,22 +163,11 @@ def _folder(options: argparse.Namespace) -> str:
     """Where results go that nobody has named a place for: two questions about one run do not overwrite each other."""
     pairs = options.pairs.stem if options.pairs else options.protocol
     refined = "" if options.refine is None else f"refine{options.refine}" + "-diffeomorphic" * options.diffeomorphic
-    return "-".join(part for part in ("evaluation", options.method, pairs, refined) if part)
-
-
-def _label_list(text: str) -> tuple[int, ...]:
-    """'21-34,41' as label ids."""
-    labels: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of labels such as 21-34,41 (at {part.strip()!r})")
-        labels.extend(range(int(first), int(last or first) + 1))
-    return tuple(dict.fromkeys(labels))
+    return "-".join(part for part in ("evaluation", options.method, pairs, options.split, refined) if part)
 
 
 def _ranges(labels: Sequence[int]) -> str:
-    """Label ids as they are given on the command line: the inverse of `_label_list`."""
+    """Label ids as they are given on the command line: the inverse of `cli.labels`."""
     runs: list[list[int]] = []
     for label in sorted(labels):
         if runs and label == runs[-1][1] + 1:
@@ -130,111 +177,69 @@ def _ranges(labels: Sequence[int]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
+def _progress(row: Mapping[str, Any], number: int, count: int, seconds: float) -> str:
+    dice = f"Dice {row['dice_before']:.4f} -> {row['dice']:.4f}, " if "dice" in row else ""
+    left = seconds * (count - number)
+    told = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+    return f"[{number}/{count}] {row['name']}: {dice}{row['folding_percent']:.3g} % folded; about {told} left"
+
+
 def _method(options: argparse.Namespace) -> "Method":
     """What the command line names to be scored; given a workdir and a method, that method on the run's pairs."""
-    from dilformer_jax.registration.evaluation import method_of
+    from dilformer_jax.registration import methods
     from dilformer_jax.registration.predictor import load_predictor
 
     refinement = cli.refinement(options)
-    if options.method == "identity":
-        return method_of(None, refinement)
-    if options.weights is None and options.workdir is None:
-        raise BadInput("Nothing to evaluate; give --workdir RUN, --weights FILE or --method identity.")
-    return method_of(load_predictor(options.weights, options.workdir), refinement)
+    if options.method in ("affine", "syn"):
+        if refinement is not None:
+            raise BadInput(f"--refine does not go with --method {options.method}; leave it out, or evaluate identity.")
+        return methods.affine() if options.method == "affine" else methods.syn()
+    predictor = None if options.method == "identity" else load_predictor(options.weights, options.workdir)
+    method = methods.identity() if predictor is None else methods.network(predictor)
+    return method if refinement is None else methods.refined(method, predictor, refinement)
 
 
-def _protocol(options: argparse.Namespace) -> tuple[str, tuple[Pair, ...], tuple[int, ...]]:
-    """Name, pairs and labels: those that the command line names, or the validation split of the workdir's own data."""
-    from dilformer_jax.registration.predictor import read_config
+def _selection(options: argparse.Namespace) -> "Selection | None":
+    """Of what the command line names: on which subjects it was trained and chosen. Raises BadInput where nothing is
+    named, or more than one thing."""
+    from dilformer_jax.registration import selection
 
     if options.weights and (options.method or options.workdir):
         raise BadInput("--weights says what to evaluate; leave out --workdir and --method.")
+    if options.weights is not None:
+        return selection.of_bundle(options.weights)
+    if options.workdir is not None:
+        return selection.of_run(options.workdir)
+    if options.method is None:
+        raise BadInput(f"Nothing to evaluate; give --workdir RUN, --weights FILE or --method {'|'.join(METHODS)}.")
+    return None
+
+
+def _task(options: argparse.Namespace, known: "Selection | None") -> Task:
+    """The pairs that the command line names, or the validation split of the workdir's own data."""
+    from dilformer_jax.registration.predictor import read_config
+
     if (options.data is None) != (options.protocol is None):
-        raise BadInput("--protocol and --data go together: a data set's split, and the folder of its files.")
-    config = None if options.workdir is None else read_config(options.workdir)
-    if options.pairs is not None:
-        dataset, part = sources.pairs_csv(options.pairs), "test"
-        return str(options.pairs), sources.split(dataset, part), options.labels or dataset.labels
+        raise BadInput("--protocol and --data go together: what is scored, and the folder of its files.")
+    if options.protocol is None and (options.dataset or (options.split and options.pairs)):
+        raise BadInput(f"--{'dataset' if options.dataset else 'split'} is for --protocol; leave it out.")
     if options.protocol is not None:
-        kind, _, part = options.protocol.rpartition("-")
-        if kind not in sources.DATASETS or part not in sources.SPLITS:
-            raise BadInput(
-                f"--protocol {options.protocol} is not known; it is a data set ({', '.join(sources.DATASETS)}), a dash "
-                f"and a split ({', '.join(sources.SPLITS)})."
-            )
-        directory = options.data
-    elif config is not None:
-        kind, part, directory = config["data"]["name"], "validation", Path(config["data"]["directory"])
+        kind = (PROTOCOLS[options.protocol].dataset if options.protocol in PROTOCOLS else None) or options.dataset
+        # As the network's own training read this data set, so that its splits are the same ones.
+        own = dict(known.options) if known is not None and known.dataset == kind else {}
+        return protocols.task(options.protocol, options.data, options.split, options.dataset, own, options.labels or ())
+    if options.pairs is not None:
+        dataset, part, kind, name = sources.DATASETS["pairs_csv"](options.pairs), "test", "pairs_csv", str(options.pairs)
+        text = f"the pairs of {options.pairs}"
+    elif options.workdir is not None:
+        data = read_config(options.workdir)["data"]
+        kind, part = data["name"], options.split or "validation"
+        dataset, name = sources.DATASETS[kind](Path(data["directory"]), **data["options"]), kind
+        text = f"the {part} pairs of the data that the network was trained with, in {data['directory']}"
     else:
         raise BadInput("No pairs to evaluate; give --protocol NAME with --data DIR, or --pairs pairs.csv.")
-    dataset = sources.DATASETS[kind](directory, **_dataset_options(kind, config, options.weights))
-    return f"{kind}-{part}", sources.split(dataset, part), options.labels or dataset.labels
-
-
-def _dataset_options(kind: str, config: Mapping[str, Any] | None, weights: Path | None) -> dict[str, Any]:
-    """With what options the network's own training read this data set, so that its splits are the same ones."""
-    from dilformer_jax.models import bundle
-    from dilformer_jax.registration.predictor import keywords
-
-    if config is not None and config["data"]["name"] == kind:
-        return config["data"]["options"]
-    if weights is not None:
-        training = bundle.describe(weights)["training"]
-        if training["dataset"] == kind:
-            return keywords(training["options"])
-    return {}
-
-
-def _pictures(
-    folder: Path, pairs: Sequence[Pair], labels: Sequence[int], method: "Method", rows: Sequence[Mapping[str, Any]]
-) -> list[html.Section]:
-    """The worst, the median and the best pair, and Dice by structure, as files and as sections of the report."""
-    from dilformer_jax.registration import evaluation
-    from dilformer_jax.registration.pipeline import warp_image, warp_labels
-    from dilformer_jax.reporting import figures
-
-    scored = sorted(
-        (k for k, row in enumerate(rows) if np.isfinite(row.get("dice", np.nan))), key=lambda k: rows[k]["dice"]
-    )
-    chosen = {"first": 0}
-    if scored:
-        chosen = {"best": scored[-1], "median": scored[len(scored) // 2], "worst": scored[0]}
-    sections = []
-    for rank, k in chosen.items():
-        if k in list(chosen.values())[: list(chosen).index(rank)]:
-            continue  # of one or two pairs, one is several of these
-        case = evaluation.registered(pairs[k], method)
-        moving_labels, u = case.moving_labels, case.displacement
-        fixed, moving = (normalise(volume.array, "minmax") for volume in (case.fixed, case.moving))
-        figure = figures.registration(
-            fixed,
-            moving,
-            warp_image(moving, u),
-            u,
-            fixed_labels=_kept(case.fixed_labels, labels),
-            moved_labels=None if moving_labels is None else _kept(warp_labels(moving_labels, u), labels),
-            spacing=spacing(case.fixed.affine),
-            orientation="" if case.fixed.path.suffix == ".pkl" else orientation(case.fixed.affine),
-        )
-        figures.save(folder / f"{rank}.png", figure)
-        score = f"Dice {rows[k]['dice_before']:.4f} -> {rows[k]['dice']:.4f}" if scored else ""
-        sections.append(html.Section(f"The {rank} pair: {case.pair.name}", score, figure=figures.png(figure)))
-    if scored:
-        before, after = (
-            np.array([[rows[k][f"{metric}_per_label"][label] for label in labels] for k in scored])
-            for metric in ("dice_before", "dice")
-        )
-        if len(scored) == 1:
-            before, after = before[0], after[0]
-        figure = figures.dice_per_label([str(label) for label in labels], before, after)
-        figures.save(folder / "dice_per_label.png", figure)
-        sections.append(html.Section("Dice of each structure", figure=figures.png(figure)))
-    return sections
-
-
-def _kept(labels: np.ndarray | None, wanted: Sequence[int]) -> np.ndarray | None:
-    """The label map with nothing but the labels that are scored."""
-    return None if labels is None else np.where(np.isin(labels, wanted), labels, 0)
+    labels = options.labels or dataset.labels
+    return Task(name, text, kind, None if options.pairs else part, split(dataset, part), labels, dataset.names)
 
 
 def _say(line: str) -> None:

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
             "options": config["data"]["options"],
             "licence": dataset.licence,
             "subjects": sorted({subject.name for pair in dataset.train for subject in (pair.fixed, pair.moving)}),
+            "chosen_by": sorted({subject.name for pair in dataset.validation for subject in (pair.fixed, pair.moving)}),
             "pairs": len(dataset.train),
             "steps": step,
             "seed": config["seed"],

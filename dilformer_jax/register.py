@@ -77,7 +77,7 @@ def _parser() -> cli.Arguments:
     )
     parser.add_argument(
         "--shard",
-        type=_shard,
+        type=cli.shard,
         default=(1, 1),
         metavar="K/N",
         help="of --pairs the Kth of N parts, for as many processes",
@@ -113,13 +113,6 @@ def _parser() -> cli.Arguments:
     )
     cli.add_reading(parser)
     return parser
-
-
-def _shard(text: str) -> tuple[int, int]:
-    first, slash, last = text.partition("/")
-    if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole such as 1/4")
-    return int(first), int(last)
 
 
 def _how(options: argparse.Namespace, command: str) -> How:

@@ -279,9 +279,9 @@ def _validate(
     import jax
 
     from dilformer_jax.ops import metrics
-    from dilformer_jax.registration import evaluation
+    from dilformer_jax.registration import evaluation, methods, scoring
 
-    method = evaluation.method_of(dataclasses.replace(predictor, params=jax.device_get(params)))
+    method = methods.network(dataclasses.replace(predictor, params=jax.device_get(params)))
     rows = []
     for pair in pairs:
         case = evaluation.registered(pair, method)
@@ -290,7 +290,7 @@ def _validate(
             "displacement_p95": float(np.percentile(length, 95)),
             "folding_percent": metrics.folding_percent(case.displacement),
         }
-        rows.append(row | evaluation.overlap(case, labels))
+        rows.append(row | scoring.dice_of(case, labels))
     # Pairs without labels, or without a structure in common, have no Dice and are in no mean of it.
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.scipy import ndimage
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from dilformer_jax.ops import ring, sampling, slabs
 
@@ -91,6 +91,34 @@ def _gather(images, coordinates, order, padding):
     if order == 1:
         return sampling.trilinear(images, inside, last)
     return sampling.take(images, sampling.index(inside.astype(jnp.int32), images.shape))
+
+
+def warp_one_hot(
+    labels: Int[Array | np.ndarray, "d h w"], displacement: Float[Array | np.ndarray, "e f g 3"]
+) -> Int[Array, "e f g"]:
+    """The label map that comes of warping each label's one-hot map trilinearly and taking the largest: at x +
+    displacement(x), the label to which most of the weight of the eight voxels around belongs.
+
+    Of two labels with the same weight it is the smaller one, as `argmax` over the one-hot maps takes it. Outside the
+    volume every map is zero: half a voxel beyond a face the label of the face, from one voxel on 0.
+    """
+    labels, displacement = jnp.asarray(labels), jnp.asarray(displacement)
+    shape, nothing = labels.shape, jnp.iinfo(labels.dtype).max
+    last = jnp.array(shape) - 1
+    points = grid(displacement.shape[:3]) + displacement
+    low = jnp.floor(points)
+    fraction = points - low
+    around = []
+    for corner in sampling.CORNERS:
+        voxel = low.astype(jnp.int32) + jnp.array(corner)
+        weight = jnp.where(jnp.array(corner) == 1, fraction, 1 - fraction).prod(-1)
+        place = sampling.index(jnp.clip(voxel, 0, last)[None], (1, *shape, 1))[0]
+        label = sampling.take(labels[None, ..., None], place)[..., 0]
+        around.append((label, jnp.where(((voxel >= 0) & (voxel <= last)).all(-1), weight, 0)))
+    shares = [sum(jnp.where(other == mine, weight, 0) for other, weight in around) for mine, _ in around]
+    most = functools.reduce(jnp.maximum, shares)
+    largest = [jnp.where(share == most, mine, nothing) for share, (mine, _) in zip(shares, around, strict=True)]
+    return jnp.where(most > 0, functools.reduce(jnp.minimum, largest), 0)
 
 
 def compose(u: Float[Array, "*b d h w 3"], w: Float[Array, "*b d h w 3"]) -> Float[Array, "*b d h w 3"]:

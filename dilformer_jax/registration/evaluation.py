@@ -1,107 +1,35 @@
-"""Scores of a method over pairs of subjects, on the grids and at the resolution of their files."""
+"""A method over pairs of subjects, on the grids and at the resolution of their files: registered one after the other,
+each scored while the next one is registered, and what is scored kept until all are."""
 
+import json
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import jax
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float32, Int32
 
 from dilformer_jax.data.preprocessing import load
-from dilformer_jax.data.sources import Pair, Subject
-from dilformer_jax.io.geometry import spacing
-from dilformer_jax.io.volumes import Volume, check_same_grid, open_nifti
-from dilformer_jax.ops import metrics
-from dilformer_jax.registration import refine
-from dilformer_jax.registration.pipeline import deformation, identity, warp_labels
-from dilformer_jax.registration.predictor import Predictor
-from dilformer_jax.registration.refine import Refinement
+from dilformer_jax.data.subjects import Pair, Subject
+from dilformer_jax.io.volumes import Volume, check_same_grid, open_nifti, replacing
+from dilformer_jax.registration.methods import Method
+from dilformer_jax.registration.scoring import Case, Scoring, row
 
-WORKERS = 2
 RAW = {"normalise": "none"}  # the files' own voxels: a predictor does its preprocessing itself
-DEFINITION = {
-    "displacement": "on the grid of the image files, in voxels, moved(x) = moving(x + u(x)); no affine beforehand",
-    "dice": "2|A∩B| / (|A| + |B|) of each label, the moving label map warped once by nearest neighbour on the grid of "
-    "its file; a pair's value is the mean over its labels",
-    "dice_before": "the same of the unwarped moving label map",
-    "hd95": "95th percentile, in mm, of the distances between surface voxels, both directions pooled (MedPy)",
-    "hd95_max": "the larger of the two directed 95th percentiles, in mm; every surface voxel counts once",
-    "folding_percent": "voxels of the whole volume with Jacobian determinant <= 0, np.gradient's differences, at label "
-    "resolution",
-    "sdlogj": "standard deviation of log(J + 3) without two voxels at each face (Learn2Reg, with its offset of 3)",
-    "seconds": "from two images in memory to the displacement at full resolution, preprocessing included; compilation, "
-    "warping and metrics not",
-    "absent": "a label missing from either input: no value, in no mean",
-    "vanished": "a label of both inputs that warping removed: Dice 0, no surface distance",
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """What is scored: `displacement(fixed, moving, names, spacing)`, which is timed; `compile(shape, name)` is not."""
-
-    name: str
-    displacement: Callable[..., np.ndarray]
-    compile: Callable[..., None]
-    check_shape: Callable[..., None]
-    sha256: str | None
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A pair as a method registered it: images, labels where there are any, displacement and the seconds it took."""
-
-    pair: Pair
-    fixed: Volume
-    moving: Volume
-    fixed_labels: Int32[np.ndarray, "D H W"] | None
-    moving_labels: Int32[np.ndarray, "D H W"] | None
-    displacement: Float32[np.ndarray, "D H W 3"]
-    seconds: float
-
-
-def method_of(predictor: Predictor | None, refinement: Refinement | None = None) -> Method:
-    """The method that is a network, or that of doing nothing; given a refinement, refined, or refinement alone."""
-    if predictor is not None:
-        method = Method(
-            predictor.name,
-            lambda fixed, moving, names, spacing: predictor.displacement(fixed, moving, names),
-            predictor.compile,
-            predictor.check_shape,
-            predictor.sha256,
-        )
-    else:
-        nothing = lambda fixed, moving, names, spacing: identity(fixed, moving)
-        method = Method("identity", nothing, _nothing, _nothing, None)
-    if refinement is None:
-        return method
-
-    def displacement(fixed, moving, names, spacing):
-        initial = None if predictor is None else predictor.displacement(fixed, moving, names)
-        return refine.refine(fixed, moving, refinement, initial, names, spacing).displacement
-
-    def compile_both(shape, name):
-        method.compile(shape, name)
-        refine.check_shape(shape, name)
-        refine.compiled(shape, refinement, predictor is not None)
-
-    def check_both(shape, name):
-        method.check_shape(shape, name)
-        refine.check_shape(shape, name)
-
-    kind = "a velocity" if refinement.diffeomorphic else "a displacement"
-    name = f"{method.name}, {refinement.steps} steps of refinement of {kind}"
-    return Method(name, displacement, compile_both, check_both, method.sha256)
+WAITING = 2  # pairs that are registered and not yet scored: each keeps its volumes
+TIMED_RUNS, TIMED_SECONDS = 5, 20.0
 
 
 def check(pairs: Sequence[Pair], method: Method) -> None:
     """Raises BadInput, from the headers alone, where a pair does not share a grid or is too small for the method."""
     grids = {}
     for subject in dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)):
-        if subject.image.suffix != ".pkl":  # says nothing but in its whole
+        if has_header(subject.image):
             image = open_nifti(subject.image)
             # An array that takes no memory: only its shape is looked at.
             grids[subject] = Volume(
@@ -113,75 +41,160 @@ def check(pairs: Sequence[Pair], method: Method) -> None:
             method.check_shape(grids[pair.fixed].array.shape, pair.fixed.image)
 
 
-def scores(pairs: Sequence[Pair], labels: Sequence[int], method: Method) -> Iterator[dict[str, Any]]:
-    """A row of results for each pair, as `reporting.tables.write_results` takes them, measured by `DEFINITION`."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for first in range(0, len(pairs), WORKERS):
-            # The clock runs with nothing beside it: displacements first, their measurement in threads after them.
-            cases = [registered(pair, method) for pair in pairs[first : first + WORKERS]]
-            yield from pool.map(lambda case: row(case, labels), cases)
+def scores(
+    pairs: Sequence[Pair], method: Method, scoring: Scoring, kept: "Kept", *, backward: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The row of each pair that `kept` does not have yet, kept as soon as it is scored.
+
+    While one pair is registered the one before is scored and the next one read. With `backward` each is registered the
+    other way round too. Raises BadInput as `registered` does.
+    """
+    left = [pair for pair in pairs if kept.row(pair) is None]
+    waiting: deque[tuple[Pair, Future]] = deque()
+
+    def scored() -> dict[str, Any]:
+        pair, future = waiting.popleft()
+        found = future.result()
+        kept.keep(pair, found)
+        return found
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scorer:
+        ahead = reader.submit(_read_pair, left[0]) if left else None
+        for number, pair in enumerate(left, 1):
+            assert ahead is not None
+            volumes = ahead.result()
+            ahead = reader.submit(_read_pair, left[number]) if number < len(left) else None
+            case = _registered(pair, volumes, method, backward)
+            waiting.append((pair, scorer.submit(row, case, scoring)))
+            if len(waiting) == WAITING:
+                yield scored()
+        while waiting:
+            yield scored()
 
 
 def registered(pair: Pair, method: Method) -> Case:
     """Reads and registers a pair. Raises BadInput as reading and the method do, and where the grids differ."""
-    (fixed, fixed_labels), (moving, moving_labels) = _read(pair.fixed), _read(pair.moving)
-    check_same_grid(fixed, moving)
+    return _registered(pair, _read_pair(pair), method, False)
+
+
+def timing(pair: Pair, method: Method) -> dict[str, Any]:
+    """How long the method takes for this pair, with nothing beside it: {"device", "compile_seconds", "median_seconds",
+    "runs", "parameters"}.
+
+    The median of up to `TIMED_RUNS` runs, each over when its displacement is in memory, after one that warms up and in
+    as many as `TIMED_SECONDS` hold, one at least. What the warming up takes beyond that median counts as compilation.
+    """
+    fixed, moving = (volume for volume, _ in _read_pair(pair))
+    start = time.perf_counter()
+    if method.warms_up:
+        method.compile(fixed.array.shape, fixed.path)
+        method.displacement(fixed, moving)
+    warm = time.perf_counter()
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < TIMED_RUNS and time.perf_counter() - warm < TIMED_SECONDS):
+        begin = time.perf_counter()
+        method.displacement(fixed, moving)
+        seconds.append(time.perf_counter() - begin)
+    median = statistics.median(seconds)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "pair": pair.name,
+        "compile_seconds": max(0.0, warm - start - median) if method.warms_up else 0.0,
+        "median_seconds": median,
+        "runs": len(seconds),
+        "parameters": method.parameters,
+    }
+
+
+class Kept:
+    """The rows of pairs that are scored, each in a file of its own in `folder`, until `clear` removes them.
+
+    A row is found again only for the same pair of files, as they were then, and the same `settings`. Several processes
+    that score shards of the same pairs may share the folder, which is made when the first row is kept.
+    """
+
+    def __init__(self, folder: Path, pairs: Sequence[Pair], settings: Mapping[str, Any]):
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))
+        self._paths = {pair: folder / f"{number:05d}.json" for number, pair in enumerate(pairs)}
+
+    def row(self, pair: Pair) -> dict[str, Any] | None:
+        """The row of this pair; None where there is none."""
+        found = self._read(self._paths[pair], _state(pair))
+        if found is not None:
+            for name, values in found.items():
+                if name.endswith("_per_label"):
+                    found[name] = {int(label): value for label, value in values.items()}
+        return found
+
+    def keep(self, pair: Pair, found: Mapping[str, Any]) -> None:
+        """Keeps the row of this pair. Raises BadInput where it cannot be written."""
+        self._write(self._paths[pair], _state(pair), found)
+
+    def timing(self, pair: Pair, method: Method) -> dict[str, Any]:
+        """`timing` of this pair, measured once."""
+        path = self.folder / "timing.json"
+        found = self._read(path, _state(pair))
+        if found is None:
+            found = timing(pair, method)
+            self._write(path, _state(pair), found)
+        return found
+
+    def clear(self) -> None:
+        """Removes the files, and the folder if it has no others."""
+        for path in [*self._paths.values(), self.folder / "timing.json"]:
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _read(self, path: Path, state: object) -> dict[str, Any] | None:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            same = record["settings"] == self.settings and record["state"] == state
+            return record["found"] if same else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _write(self, path: Path, state: object, found: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            record = {"settings": self.settings, "state": state, "found": found}
+            partial.write_text(json.dumps(record), encoding="utf-8")
+
+
+def _state(pair: Pair) -> list[Any]:
+    """What tells that the files of a pair are those that were scored."""
+    files = [path for subject in (pair.fixed, pair.moving) for path in (subject.image, subject.labels) if path]
+    return [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def _registered(pair: Pair, volumes: tuple, method: Method, backward: bool) -> Case:
+    (fixed, fixed_labels), (moving, moving_labels) = volumes
     method.compile(fixed.array.shape, fixed.path)
     start = time.perf_counter()
-    u = method.displacement(fixed.array, moving.array, (fixed.path, moving.path), spacing(fixed.affine))
-    return Case(pair, fixed, moving, fixed_labels, moving_labels, u, time.perf_counter() - start)
+    u = method.displacement(fixed, moving)
+    seconds = time.perf_counter() - start
+    other = method.displacement(moving, fixed) if backward else None
+    return Case(pair, fixed, moving, fixed_labels, moving_labels, u, seconds, other)
 
 
-def row(case: Case, labels: Sequence[int]) -> dict[str, Any]:
-    """The results of one pair; those of labels only where both subjects have a label map."""
-    found: dict[str, Any] = {
-        "name": case.pair.name,
-        "fixed": case.pair.fixed.name,
-        "moving": case.pair.moving.name,
-        **deformation(case.displacement),
-        "seconds": case.seconds,
-        "absent": [],
-        "vanished": [],
-    }
-    fixed, moving = case.fixed_labels, case.moving_labels
-    if fixed is None or moving is None:
-        return found
-    moved = warp_labels(moving, case.displacement)
-    dice = metrics.dice(fixed, moved, labels, moving)
-    hd95, hd95_max = metrics.hausdorff(fixed, moved, labels, spacing(case.fixed.affine), moving)
-    before = metrics.dice(fixed, moving, labels, moving)
-    for name, values in (("dice_before", before), ("dice", dice), ("hd95", hd95), ("hd95_max", hd95_max)):
-        found[name] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-        found[f"{name}_per_label"] = dict(zip(labels, values.tolist(), strict=True))
-    absent, vanished = np.isnan(dice), np.isnan(hd95) & ~np.isnan(dice)
-    found["absent"] = [label for label, is_so in zip(labels, absent, strict=True) if is_so]
-    found["vanished"] = [label for label, is_so in zip(labels, vanished, strict=True) if is_so]
-    return found
-
-
-def overlap(case: Case, labels: Sequence[int]) -> dict[str, float]:
-    """A pair's mean Dice of the identity and of the displacement, all that training asks for; empty where the two
-    subjects have no structure in common."""
-    if case.fixed_labels is None or case.moving_labels is None:
-        return {}
-    moved = warp_labels(case.moving_labels, case.displacement)
-    before = metrics.dice(case.fixed_labels, case.moving_labels, labels)
-    after = metrics.dice(case.fixed_labels, moved, labels, case.moving_labels)
-    if np.isnan(after).all():
-        return {}
-    return {"dice_identity": float(np.nanmean(before)), "dice": float(np.nanmean(after))}
+def _read_pair(pair: Pair) -> tuple[tuple[Volume, np.ndarray | None], tuple[Volume, np.ndarray | None]]:
+    (fixed, fixed_labels), (moving, moving_labels) = _read(pair.fixed), _read(pair.moving)
+    check_same_grid(fixed, moving)
+    return (fixed, fixed_labels), (moving, moving_labels)
 
 
 def _read(subject: Subject) -> tuple[Volume, np.ndarray | None]:
     image, labels = load(subject, RAW)  # kept in memory, so that each file is decoded once
-    header = nib.nifti1.Nifti1Header() if subject.image.suffix == ".pkl" else open_nifti(subject.image).header
+    header = open_nifti(subject.image).header if has_header(subject.image) else nib.nifti1.Nifti1Header()
     return Volume(image[..., 0], _affine(subject), subject.image, header), labels
 
 
 def _affine(subject: Subject) -> np.ndarray:
     # Label maps of which images are made lie each in a frame of its own: voxels are compared, as those of pickles are.
-    return np.eye(4) if subject.image.suffix == ".pkl" or subject.seed is not None else open_nifti(subject.image).affine
+    return np.eye(4) if not has_header(subject.image) or subject.seed is not None else open_nifti(subject.image).affine
 
 
-def _nothing(shape: tuple[int, ...], name: object) -> None:
-    """Doing nothing needs no compilation and takes any shape."""
+def has_header(path: Path) -> bool:
+    """Whether the file says where its voxels lie, as pickles and NumPy's archives do not."""
+    return path.suffix not in (".pkl", ".npz")

@@ -197,21 +197,19 @@ def deformation(u: Displacement) -> dict[str, float]:
     }
 
 
-def identity(fixed: Image, moving: Image) -> Displacement:
-    """The displacement of doing nothing: what every method is compared with."""
-    return np.zeros((*fixed.shape, 3), np.float32)
-
-
 def warp_image(image: Image, u: Displacement) -> Image:
     """The image at x + u(x), trilinear, continued by its border value."""
     return np.asarray(_warp(image[..., None], u, order=1, padding="border")[..., 0])
 
 
-def warp_labels(labels: Labels, u: Displacement) -> Labels:
-    """The label of the voxel nearest to x + u(x), 0 outside the volume."""
+def warp_labels(labels: Labels, u: Displacement, kind: str = "nearest") -> Labels:
+    """The label of the voxel nearest to x + u(x), or by kind 'one-hot' as in `spatial.warp_one_hot`; 0 outside."""
+    if kind == "one-hot":
+        return np.asarray(_warp_one_hot(labels, u))
     return np.asarray(_warp(labels[..., None], u, order=0, padding="zeros")[..., 0])
 
 
+_warp_one_hot = jax.jit(spatial.warp_one_hot)
 _warp = jax.jit(spatial.warp, static_argnames=("order", "padding"))
 
 

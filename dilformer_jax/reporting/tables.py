@@ -14,7 +14,13 @@ from dilformer_jax.io.volumes import BadInput, replacing
 
 Row = Mapping[str, Any]
 Summary = dict[str, dict[str, float | int]]
-METRICS = ("dice_before", "dice", "hd95", "hd95_max", "folding_percent", "ndv_percent", "sdlogj", "seconds")
+# In the order of tables; what each one is, `registration.scoring.DEFINITION` says.
+METRICS = (
+    *("dice_before", "dice", "dice_absent0", "dice_trilinear", "dice_groups", "dice_trilinear_groups"),
+    *("target_overlap", "union_overlap", "total_target_overlap", "total_mean_overlap", "total_union_overlap"),
+    *("hd95_before", "hd95", "hd95_max", "hd", "assd", "nsd", "tre_before_mm", "tre_mm"),
+    *("folding_percent", "folding_mask_percent", "ndv_percent", "sdlogj", "inverse_consistency_mm", "seconds"),
+)
 STATISTICS = (
     "mean and population standard deviation over the pairs that have a value, and their number n; a structure absent "
     "from either input is left out, one that vanished in warping counts with Dice 0 and has no surface distance"
@@ -92,12 +98,14 @@ def write_results(
     definition: Row | str,
     pairs: Sequence[Row],
     labels: Sequence[int],
+    about: Row | None = None,
 ) -> Summary:
     """Write results.json, results.csv and summary.md into the folder `output`, and return the summary.
 
     A pair has `name`, `fixed`, `moving`, those of `METRICS` that were measured (`dice` and the like being the mean over
     its labels), `<metric>_per_label` as {label: value or NaN}, and the lists `absent` and `vanished` of its labels.
-    JSON has null where a value is not a finite number, CSV an empty cell. Each file is replaced in one piece. Raises
+    `about` is put beside them into
+    results.json. JSON has null where a value is not a finite number, CSV an empty cell. Each file is replaced in one piece. Raises
     ValueError when there are no pairs, and BadInput where `output` cannot be written.
     """
     if not pairs:
@@ -116,6 +124,7 @@ def write_results(
         raise BadInput(f"{output} cannot be made a folder ({error.strerror}); choose another place.") from error
     results = {
         "protocol": protocol,
+        **(about or {}),
         "definition": definition,
         "statistics": STATISTICS,
         "counts": counts,

@@ -1,0 +1,88 @@
+"""What is scored: doing nothing, an affine map, SyN, a network, refinement, each as one function of two images."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from dilformer_jax.io.geometry import spacing
+from dilformer_jax.io.volumes import Volume
+from dilformer_jax.registration import refine
+from dilformer_jax.registration.predictor import Predictor
+from dilformer_jax.registration.refine import Refinement
+
+Displacement = Float32[np.ndarray, "_ _ _ 3"]
+METHODS = ("identity", "affine", "syn")
+
+
+def _any_shape(shape: tuple[int, ...], name: object) -> None:
+    """Neither compiles nor refuses anything."""
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """`displacement(fixed, moving)` of two volumes on one grid, in voxels of it: what is timed.
+
+    `compile(shape, name)` is what need not be done for each pair; `check_shape(shape, name)` raises BadInput, about
+    `name`, for volumes that are too small. `settings` is what there is to say of it beside its name, `sha256` and
+    `parameters` (their count) are of a network's parameters. `warms_up` where the first call takes longer than others.
+    """
+
+    name: str
+    displacement: Callable[[Volume, Volume], Displacement]
+    compile: Callable[[tuple[int, ...], Any], None] = _any_shape
+    check_shape: Callable[[tuple[int, ...], Any], None] = _any_shape
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
+    parameters: int | None = None
+    warms_up: bool = True
+
+
+def identity() -> Method:
+    """Doing nothing: what every method is compared with."""
+    return Method("identity", lambda fixed, moving: np.zeros((*fixed.array.shape, 3), np.float32))
+
+
+def network(predictor: Predictor) -> Method:
+    """A trained network alone."""
+
+    def displacement(fixed: Volume, moving: Volume) -> Displacement:
+        return predictor.displacement(fixed.array, moving.array, (fixed.path, moving.path))
+
+    count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(predictor.params))
+    return Method(
+        predictor.name,
+        displacement,
+        predictor.compile,
+        predictor.check_shape,
+        {"network": type(predictor.module).__name__},
+        predictor.sha256,
+        count,
+    )
+
+
+def refined(method: Method, predictor: Predictor | None, refinement: Refinement) -> Method:
+    """Instance optimisation from what the predictor gives, or without one from nothing."""
+
+    def displacement(fixed: Volume, moving: Volume) -> Displacement:
+        arrays, names = (fixed.array, moving.array), (fixed.path, moving.path)
+        initial = None if predictor is None else predictor.displacement(*arrays, names)
+        return refine.refine(*arrays, refinement, initial, names, spacing(fixed.affine)).displacement
+
+    def compile_both(shape: tuple[int, ...], name: Path | str) -> None:
+        method.compile(shape, name)
+        refine.check_shape(shape, name)
+        refine.compiled(shape, refinement, predictor is not None)
+
+    def check_both(shape: tuple[int, ...], name: Path | str) -> None:
+        method.check_shape(shape, name)
+        refine.check_shape(shape, name)
+
+    kind = "a velocity" if refinement.diffeomorphic else "a displacement"
+    name = f"{method.name}, {refinement.steps} steps of refinement of {kind}"
+    settings = {**method.settings, "refinement": asdict(refinement)}
+    return Method(name, displacement, compile_both, check_both, settings, method.sha256, method.parameters)
