@@ -278,7 +278,7 @@ def _validate(
     reaches."""
     import jax
 
-    from dilformer_jax.ops import metrics
+    from dilformer_jax.ops import folding
     from dilformer_jax.registration import evaluation
 
     method = evaluation.method_of(dataclasses.replace(predictor, params=jax.device_get(params)))
@@ -288,7 +288,7 @@ def _validate(
         length = np.linalg.norm(case.displacement, axis=-1)
         row = {
             "displacement_p95": float(np.percentile(length, 95)),
-            "folding_percent": metrics.folding_percent(case.displacement),
+            "folding_percent": folding.folding_percent(case.displacement),
         }
         rows.append(row | evaluation.overlap(case, labels))
     # Pairs without labels, or without a structure in common, have no Dice and are in no mean of it.

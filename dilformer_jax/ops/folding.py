@@ -4,8 +4,9 @@ A displacement u is in voxels, (D, H, W, 3), and maps x to x + u(x). The volumes
 the cache, in two threads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -14,8 +15,8 @@ Displacement = Float[np.ndarray, "D H W 3"]
 Determinant = Float[np.ndarray, "D H W"]
 Mask = Bool[np.ndarray, "D H W"]
 WORKERS = 2
-# Voxels of a slab: some twenty arrays of them fit the second-level cache.
-SLAB = 1 << 15
+# Voxels of a slab: the fastest of 2^13 to 2^18, measured with 160x192x160 ones.
+SLAB = 1 << 16
 
 
 def jacobian_determinant(displacement: Displacement) -> Determinant:
@@ -37,7 +38,7 @@ def jacobian_determinant(displacement: Displacement) -> Determinant:
             u = np.ascontiguousarray(displacement[low:high, ..., axis])
             rows.append([np.gradient(u, axis=0)[inner], *np.gradient(u[inner], axis=(1, 2))])
             rows[axis][axis] += 1
-        found[start:stop] = _determinant(*rows)
+        found[start:stop] = _dot(rows[0], _cross(rows[1], rows[2]))
 
     _by_slabs(fill, found.shape)
     return found
@@ -119,30 +120,47 @@ def ndv_percent(displacement: Displacement, mask: Mask | None = None) -> float:
 def _folded_volume(displacement: Displacement) -> Float[np.ndarray, "D-2 H-2 W-2"]:
     """Half the negative volume of the ten tetrahedra of each voxel that has all its neighbours."""
     depth, height, width = displacement.shape[:3]
-    # All voxels in one line: a neighbour is a step along it, and every operand contiguous. What the steps compute across
-    # the faces is cut off in the end.
-    steps = (height * width, width, 1)
-    first, last = sum(steps), (depth * height * width) - sum(steps)
-    forward = []  # from each voxel to the next one along each axis, as mapped
-    for axis, step in enumerate(steps):
-        u = np.ascontiguousarray(np.moveaxis(displacement, 3, 0)).reshape(3, -1) if axis == 0 else u
-        difference = u[:, step:] - u[:, :-step]
-        difference[axis] += 1
-        forward.append(difference)
+    # All voxels in one line, a neighbour being so many steps along it: every operand is contiguous. What the steps give
+    # across the faces is cut off in the end.
+    x, y, z = height * width, width, 1
+    first, last = x + y + z, depth * x - (x + y + z)
+    points = np.ascontiguousarray(np.moveaxis(displacement, 3, 0)).reshape(3, -1)
+    forward = [points[:, step:] - points[:, :-step] for step in (x, y, z)]
+    for axis in range(3):
+        forward[axis][axis] += 1  # from the image of each voxel to that of the next one
 
     def edge(axis: int, offset: int = 0) -> Float[np.ndarray, "3 n"]:
         return forward[axis][:, first + offset : last + offset]
 
-    x, y, z = steps
-    negative = 0
-    for a in (edge(0), edge(0, -x)):
-        for b in (edge(1), edge(1, -y)):
-            for c in (edge(2), edge(2, -z)):
-                negative = negative - np.minimum(_determinant(a, b, c), 0)
-    up = (edge(0) + edge(1, x), edge(1) + edge(2, y), edge(0) + edge(2, x))
-    negative = negative - np.minimum(_determinant(*up), 0)
-    down = (edge(0, -x) + edge(1, -x - y), edge(0, -x) + edge(2, -x - z), edge(1, -y) + edge(2, -y - z))
-    negative = negative - np.minimum(-_determinant(*down), 0)
-    return negative
+    negative = np.zeros(last - first, displacement.dtype)
+    for b in (edge(1), edge(1, -y)):
+        for c in (edge(2), edge(2, -z)):
+            normal = _cross(b, c)
+            for a in (edge(0), edge(0, -x)):
+                negative -= np.minimum(_dot(a, normal), 0)
+    up = _cross(edge(1) + edge(2, y), edge(0) + edge(2, x))
+    negative -= np.minimum(_dot(edge(0) + edge(1, x), up), 0)
+    down = _cross(edge(1, -y) + edge(2, -y - z), edge(0, -x) + edge(2, -x - z))
+    negative -= np.minimum(_dot(edge(0, -x) + edge(1, -x - y), down), 0)
+    found = np.zeros(((depth - 2), height, width), displacement.dtype)
+    found.ravel()[y + z : -(y + z)] = negative
+    return found[:, 1:-1, 1:-1] / 12
 
 
+Vector = Sequence[np.ndarray] | np.ndarray
+
+
+def _cross(a: Vector, b: Vector) -> Vector:
+    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+
+def _dot(a: Vector, b: Vector) -> np.ndarray:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _by_slabs(function: Callable[[int, int], Any], shape: tuple[int, ...]) -> list[Any]:
+    """What the function of the first plane and of that after the last gives for each slab of planes along axis 0."""
+    planes = max(SLAB // (shape[1] * shape[2]), 1)
+    starts = range(0, shape[0], planes)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(lambda start: function(start, min(start + planes, shape[0])), starts))

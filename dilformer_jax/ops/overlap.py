@@ -18,8 +18,8 @@ TABLE = 1 << 16
 
 def present(volume: Labels, labels: Sequence[int]) -> Bool[np.ndarray, " labels"]:
     """Which of the labels occur in the volume."""
-    places, of = ranks(volume, labels)
-    return _counts(places, len(labels))[of] > 0
+    numbers, of = ranks(volume, labels)
+    return _counts(numbers, len(labels))[of] > 0
 
 
 def dice(fixed: Labels, moved: Labels, labels: Sequence[int], moving: Labels | None = None) -> PerLabel:
@@ -126,14 +126,16 @@ class _Voxels:
 def _voxels(fixed: Labels, moved: Labels, labels: Sequence[int], moving: Labels | None) -> _Voxels:
     check_same_shape(fixed, moved)
     (first, of), (second, _) = ranks(fixed, labels), ranks(moved, labels)
-    counts = [_counts(places, len(labels))[of] for places in (first, second, first[first == second])]
-    known = counts[1] > 0 if moving is None else present(moving, labels)
-    return _Voxels(*counts, known & (counts[0] > 0))
+    in_fixed, in_moved, both = (
+        _counts(numbers, len(labels))[of] for numbers in (first, second, first[first == second])
+    )
+    in_moving = in_moved > 0 if moving is None else present(moving, labels)
+    return _Voxels(in_fixed, in_moved, both, (in_fixed > 0) & in_moving)
 
 
-def _counts(places: UInt[np.ndarray, "..."], labels: int) -> Int[np.ndarray, " numbers"]:
+def _counts(numbers: UInt[np.ndarray, "..."], labels: int) -> Int[np.ndarray, " counts"]:
     # Most voxels are none of the labels, and to leave them out takes less time than to count them.
-    return np.bincount(places[places > 0], minlength=labels + 1)
+    return np.bincount(numbers[numbers > 0], minlength=labels + 1)
 
 
 def _ratio(

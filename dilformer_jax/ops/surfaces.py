@@ -157,4 +157,4 @@ def _quantile(distances: Distances, weights: Distances, part: float) -> float:
     # Sorted by weight too, as theirs: where the part ends at a sum of weights, rounding would else tip it.
     order = np.lexsort((weights, distances))
     sums = np.cumsum(weights[order]) / weights.sum()
-    return float(distances[order[min(np.searchsorted(sums, part), len(order) - 1)]])
+    return float(distances[order[min(int(np.searchsorted(sums, part)), len(order) - 1)]])

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, UInt8
+from jaxtyping import Bool, Float64, UInt8
 
 Corner = tuple[int, ...]
 CORNERS: tuple[Corner, ...] = tuple(itertools.product((0, 1), repeat=3))
@@ -20,10 +20,10 @@ def codes(mask: Bool[np.ndarray, "D H W"]) -> UInt8[np.ndarray, "D+1 H+1 W+1"]:
     """Which of the eight voxels around each corner are inside, as bits: voxel (i, j, k) of the 2x2x2 cube, lower voxels
     first, is worth 2^(7 - 4i - 2j - k). Corner (d, h, w) is the lower one of voxel (d, h, w). Outside the array is
     outside the mask."""
-    found = np.pad(mask, 1).view(np.uint8)
-    found = found[:-1] << 4 | found[1:]
-    found = found[:, :-1] << 2 | found[:, 1:]
-    return found[:, :, :-1] << 1 | found[:, :, 1:]
+    bits = np.pad(mask, 1).view(np.uint8)
+    fours = bits[:-1] << np.uint8(4) | bits[1:]
+    twos = fours[:, :-1] << np.uint8(2) | fours[:, 1:]
+    return twos[:, :, :-1] << np.uint8(1) | twos[:, :, 1:]
 
 
 def areas(spacing: Sequence[float | int]) -> Float64[np.ndarray, "256"]:
@@ -63,7 +63,7 @@ def _polygon(group: set[Corner]) -> Float64[np.ndarray, "vertices 3"]:
     while len(order) < len(middles):
         here = middles[order[-1]]
         faces = (middles == here) & ((here == 0) | (here == 1))
-        order.append(next(i for i in np.flatnonzero(faces.any(axis=1)) if i not in order))
+        order.append(next(i for i, shared in enumerate(faces.any(axis=1)) if shared and i not in order))
     return middles[order]
 
 
