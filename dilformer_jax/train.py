@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     _check_labels(config, made, len(dataset.labels))
     pairs = sources.split(dataset, "train")
     held_out = _spread(sources.split(dataset, "validation"), config.validation_pairs)
-    evaluation.check([*pairs, *held_out], evaluation.method_of(None))
+    evaluation.check([*pairs, *held_out], methods.identity())
     grid = pipeline.common_grid(pairs, preprocessing, cache=cache)
     shape = tuple(grid["network_shape"])
 
@@ -278,7 +278,7 @@ def _validate(
     reaches."""
     import jax
 
-    from dilformer_jax.ops import metrics
+    from dilformer_jax.ops import folding
     from dilformer_jax.registration import evaluation, methods, scoring
 
     method = methods.network(dataclasses.replace(predictor, params=jax.device_get(params)))
@@ -288,7 +288,7 @@ def _validate(
         length = np.linalg.norm(case.displacement, axis=-1)
         row = {
             "displacement_p95": float(np.percentile(length, 95)),
-            "folding_percent": metrics.folding_percent(case.displacement),
+            "folding_percent": folding.folding_percent(case.displacement),
         }
         rows.append(row | scoring.dice_of(case, labels))
     # Pairs without labels, or without a structure in common, have no Dice and are in no mean of it.

@@ -20,7 +20,7 @@ from jaxtyping import Float32
 
 from dilformer_jax.data import sources
 from dilformer_jax.io.volumes import normalise, read_image, read_labels
-from dilformer_jax.ops import metrics
+from dilformer_jax.ops import overlap
 from dilformer_jax.registration.pipeline import register
 from dilformer_jax.registration.predictor import load_predictor
 
@@ -66,14 +66,14 @@ def main() -> None:
         assert pair.fixed.labels is not None and pair.moving.labels is not None
         fixed, moving = read_image(pair.fixed.image), read_image(pair.moving.image)
         fixed_labels, moving_labels = read_labels(pair.fixed.labels), read_labels(pair.moving.labels)
-        before = metrics.dice(fixed_labels.array, moving_labels.array, ids)
+        before = overlap.dice(fixed_labels.array, moving_labels.array, ids)
         row = {"name": pair.name, "before": float(np.nanmean(before))}
         other = dataclasses.replace(moving, array=recoloured(moving.array, number))
         for kind, image in (("t1", moving), ("other", other)):
             start = time.perf_counter()
             found = register(fixed, image, predictor, fixed_labels, moving_labels, affine="none")
             assert found.moved_labels is not None
-            dice = metrics.dice(fixed_labels.array, found.moved_labels, ids, moving_labels.array)
+            dice = overlap.dice(fixed_labels.array, found.moved_labels, ids, moving_labels.array)
             row |= {kind: float(np.nanmean(dice)), f"{kind}_folding_percent": found.metrics["folding_percent"]}
             row[f"{kind}_seconds"] = time.perf_counter() - start
         rows.append(row)

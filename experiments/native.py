@@ -20,7 +20,7 @@ from dilformer_jax.io import executables
 from dilformer_jax.io.geometry import apply_affine
 from dilformer_jax.io.transforms import Transform, carried
 from dilformer_jax.io.volumes import Volume, read_image, read_labels
-from dilformer_jax.ops import metrics
+from dilformer_jax.ops import overlap
 from dilformer_jax.registration.grids import content
 from dilformer_jax.registration.pipeline import register
 from dilformer_jax.registration.refine import Refinement
@@ -97,7 +97,7 @@ def disturbed(volume: Volume, matrix: np.ndarray, orientation: str) -> Volume:
 def dice(fixed: Volume, moving: Volume, transform: Transform) -> float:
     moved = warped(moving, transform, fixed.array.shape, fixed.affine, "nearest")
     ids = [int(i) for i in np.intersect1d(fixed.array, moving.array) if i]
-    return float(metrics.dice(fixed.array, moved, ids, moving.array).mean())
+    return float(overlap.dice(fixed.array, moved, ids, moving.array).mean())
 
 
 def swapped_pair(a: Path, b: Path) -> None:

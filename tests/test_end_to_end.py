@@ -18,7 +18,7 @@ from dilformer_jax.io.geometry import reframed
 from dilformer_jax.io.itk import read_field
 from dilformer_jax.io.volumes import open_nifti, read_image, read_labels, read_voxels
 from dilformer_jax.models import bundle
-from dilformer_jax.ops import metrics
+from dilformer_jax.ops import folding, overlap
 from dilformer_jax.training import checkpoint, logs
 
 DEMO = runs.ROOT / "configs" / "demo.py"
@@ -92,7 +92,7 @@ def test_the_moved_image_is_the_moving_one_at_x_plus_u(registered: Path, phantom
     assert differing.mean() < 1e-3  # halfway between two voxels
 
     record = json.loads((registered / "run.json").read_text())
-    assert record["metrics"]["folding_percent"] == pytest.approx(metrics.folding_percent(u), abs=0.01)
+    assert record["metrics"]["folding_percent"] == pytest.approx(folding.folding_percent(u), abs=0.01)
     assert set(record["outputs"]) == {path.name for path in registered.iterdir()}
     if importlib.util.find_spec("matplotlib"):
         assert "data:image/png;base64," in (registered / "report.html").read_text()
@@ -131,7 +131,7 @@ def test_evaluating_the_identity_is_the_overlap_of_the_files(phantoms: Path, tmp
     assert len(results["pairs"]) == 2
     for row in results["pairs"]:
         fixed, moving = maps[row["fixed"]], maps[row["moving"]]
-        dice = metrics.dice(fixed, moving, results["labels"])
+        dice = overlap.dice(fixed, moving, results["labels"])
         assert row["dice"] == row["dice_before"] == pytest.approx(np.nanmean(dice), abs=1e-12)
         naive = [
             2 * ((fixed == label) & (moving == label)).sum() / ((fixed == label).sum() + (moving == label).sum())

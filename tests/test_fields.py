@@ -10,7 +10,7 @@ import pytest
 from scipy import linalg, ndimage  # type: ignore[import-untyped]
 from warps import SHAPE, compiled, equations, numbers, off_the_voxels, points, single, warp_by_scipy
 
-from dilformer_jax.ops import metrics, spatial
+from dilformer_jax.ops import folding, spatial
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_jacobian_determinant_of_a_quadratic_field():
     np.testing.assert_allclose(got[1:-1, 1:-1, 1:-1], expected[1:-1, 1:-1, 1:-1], atol=2e-5)
     stencil = np.stack([np.stack(np.gradient(u[..., a]), -1) for a in range(3)], axis=-2) + np.eye(3)
     np.testing.assert_allclose(got, np.linalg.det(stencil), atol=2e-5)
-    np.testing.assert_allclose(got, metrics.jacobian_determinant(u), atol=2e-5)
+    np.testing.assert_allclose(got, folding.jacobian_determinant(u), atol=2e-5)
 
 
 # --- leading axes ---

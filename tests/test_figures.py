@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dilformer_jax.ops import metrics
+from dilformer_jax.ops import folding
 from dilformer_jax.reporting import figures
 
 
@@ -55,7 +55,7 @@ def test_each_panel_shows_the_slice_it_says(example):
     assert len(figure.axes) == 3 * 7 + 2
     assert [ax.get_title() for ax in figure.axes[:7]] == list(figures.COLUMNS)
     centre = [round(c) for c in ndimage.center_of_mass(fixed)]
-    determinant = metrics.jacobian_determinant(u)
+    determinant = folding.jacobian_determinant(u)
     scales = set()
     for row in range(3):
         for column, volume in (
@@ -95,14 +95,14 @@ def test_unsigned_images_are_subtracted_without_wrapping(example):
 def test_folded_voxels_are_marked_and_no_others(example):
     fixed, moving, moved, u = example[:4]
     steep = 12 * u
-    determinant = metrics.jacobian_determinant(steep)
+    determinant = folding.jacobian_determinant(steep)
     assert 0.05 < np.mean(determinant <= 0) < 0.6
     figure = figures.registration(fixed, moving, moved, steep)
     centre = [round(c) for c in ndimage.center_of_mass(fixed)]
     for row in range(3):
         painted = shown(panel(figure, row, "Jacobian determinant"), 1)[..., 3] > 0
         np.testing.assert_array_equal(painted, determinant.take(centre[row], row) <= 0)
-    assert f"{metrics.folding_percent(steep):.2g} % folded" in figure.axes[-1].get_xlabel()
+    assert f"{folding.folding_percent(steep):.2g} % folded" in figure.axes[-1].get_xlabel()
 
 
 def test_spacing_gives_true_proportions(example):

@@ -12,7 +12,7 @@ from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax import models
 from dilformer_jax.models import blocks, bundle
-from dilformer_jax.ops import metrics, spatial
+from dilformer_jax.ops import folding, spatial
 
 # A quarter of the time to compile; nothing here is large enough for the difference in speed.
 FAST = {"xla_backend_optimization_level": 0}
@@ -250,7 +250,7 @@ def test_diffeomorphic_levels_integrate_what_their_heads_give(monkeypatch: pytes
     )
     assert np.corrcoef(found[1][0].ravel(), flow.ravel())[0, 1] > 0.95
     # Integrated, even a rough velocity of several voxels hardly folds; as a displacement, it does.
-    assert metrics.folding_percent(velocity[0]) > 2 * metrics.folding_percent(found[1][0])
+    assert folding.folding_percent(velocity[0]) > 2 * folding.folding_percent(found[1][0])
 
 
 @pytest.mark.parametrize(

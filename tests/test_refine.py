@@ -12,7 +12,7 @@ from dilformer_jax import cli, models
 from dilformer_jax.data.phantoms import LABELS, phantom
 from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.models import blocks
-from dilformer_jax.ops import metrics
+from dilformer_jax.ops import folding, overlap
 from dilformer_jax.registration import evaluation, refine
 from dilformer_jax.registration.pipeline import warp_labels
 from dilformer_jax.registration.refine import Refinement
@@ -65,9 +65,9 @@ def test_a_known_deformation_is_found(brain, diffeomorphic):
     before, error = (np.linalg.norm(x, axis=-1)[seen].mean() for x in (true, u - true))
     assert before > 1.0 and error < 0.4 * before
     ids = [label for label in LABELS if (labels == label).sum() > 50]
-    dice = lambda moved: np.nanmean(metrics.dice(fixed_labels, moved, ids, labels))
+    dice = lambda moved: np.nanmean(overlap.dice(fixed_labels, moved, ids, labels))
     assert dice(warp_labels(labels, u)) > dice(labels) + 0.15
-    assert metrics.folding_percent(u) <= (0 if diffeomorphic else 0.5)
+    assert folding.folding_percent(u) <= (0 if diffeomorphic else 0.5)
     if diffeomorphic:
         assert residual(u, found.inverse) < 0.05 * np.linalg.norm(u, axis=-1).mean()
     else:
@@ -106,7 +106,7 @@ def test_a_velocity_does_not_fold_where_a_displacement_does(brain):
     image, _ = brain
     other = phantom(8, (32, 40, 32))[0].astype(np.float32)[2:29, 3:36, 1:31]
     folds = [
-        (metrics.jacobian_determinant(refine.refine(image, other, Refinement(20, form)).displacement) <= 0).sum()
+        (folding.jacobian_determinant(refine.refine(image, other, Refinement(20, form)).displacement) <= 0).sum()
         for form in (False, True)
     ]
     assert folds[0] > 20 and folds[1] == 0, folds

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int32, Real
 from dilformer_jax.io.geometry import apply_affine, spacing
 from dilformer_jax.io.transforms import Field, Step, carried
 from dilformer_jax.io.volumes import Volume, check_same_grid
-from dilformer_jax.ops import metrics, spatial
+from dilformer_jax.ops import folding, spatial, surfaces
+from dilformer_jax.ops.overlap import dice, mean_present
 from dilformer_jax.registration import grids, refine
 from dilformer_jax.registration.affine import Alignment, align
 from dilformer_jax.registration.grids import Grid
@@ -45,7 +46,7 @@ class Registration:
     registered, on `grid`: fixed, moving (by the headers alone), aligned (by the affine) and moved. `moved` and
     `moved_labels` lie on the fixed image's own grid.
 
-    Metrics: `folding_percent` and `sdlogj` of the deformation on its grid, as in ops/metrics; `displacement_mean_mm`
+    Metrics: `folding_percent` and `sdlogj` of the deformation on its grid, as in ops/folding; `displacement_mean_mm`
     and `_p95_mm`; `inverse_mean_mm`, `_p99_mm` and `_max_mm`, how far from its start a point of what the fixed image
     shows comes back, at points between voxels, and `inverse_unconverged_percent` of the voxels, where u(x + v(x)) +
     v(x) is over a tenth of a voxel; `correlation_before`, `_affine` and `correlation`, Pearson's on the grid; with both
@@ -190,10 +191,10 @@ def check_labels(fixed: Volume, moving: Volume, fixed_labels: Volume | None, mov
 
 def deformation(u: Displacement) -> dict[str, float]:
     """`folding_percent` and `sdlogj` of a displacement; sdlogj is NaN where its crop leaves nothing."""
-    determinant = metrics.jacobian_determinant(u)
+    determinant = folding.jacobian_determinant(u)
     return {
-        "folding_percent": metrics.folding_percent(u, determinant=determinant),
-        "sdlogj": metrics.sdlogj(u, determinant=determinant) if min(u.shape[:3]) > 4 else float("nan"),
+        "folding_percent": folding.folding_percent(u, determinant=determinant),
+        "sdlogj": folding.sdlogj(u, determinant=determinant) if min(u.shape[:3]) > 4 else float("nan"),
     }
 
 
@@ -251,11 +252,13 @@ def _overlaps(fixed: Volume, moving: Volume, moved: Labels, affine: Matrix, dist
         "": moved,
     }
     for stage, labels in maps.items():
-        scores = {"dice": metrics.dice(fixed.array, labels, ids, moving.array)}
+        scores = {"dice": dice(fixed.array, labels, ids, moving.array)}
         if distances:
-            scores["hd95"] = metrics.hd95(fixed.array, labels, ids, spacing(fixed.affine), moving.array)
+            scores |= surfaces.surface_scores(
+                fixed.array, labels, ids, spacing(fixed.affine), moving.array, only=("hd95",)
+            )
         for name, values in scores.items():
-            found[f"{name}{stage}"] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+            found[f"{name}{stage}"] = mean_present(values)
             found[f"{name}{stage}_per_label"] = dict(zip(ids, values.tolist(), strict=True))
     return found
 

@@ -129,9 +129,9 @@ def _labelled(
     }
     found: dict[str, Any] = {}
     for name, values in scores.items():
-        found[name] = _mean(values)
+        found[name] = overlap.mean_present(values)
         found[f"{name}_per_label"] = dict(zip(labels, values.tolist(), strict=True))
-    found["dice_absent0"] = float(np.nan_to_num(scores["dice"]).mean()) if labels else float("nan")
+    found["dice_absent0"] = overlap.mean_absent_zero(scores["dice"])
     if scoring.groups:
         for name in ("dice", "dice_trilinear"):
             by_label = dict(zip(labels, np.nan_to_num(scores[name]), strict=True))
@@ -155,7 +155,3 @@ def dice_of(case: Case, labels: Sequence[int]) -> dict[str, float]:
     if np.isnan(after).all():
         return {}
     return {"dice_identity": float(np.nanmean(before)), "dice": float(np.nanmean(after))}
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")

@@ -14,7 +14,7 @@ from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax.data.phantoms import LABELS, phantom
 from dilformer_jax.io.volumes import BadInput, replacing
-from dilformer_jax.ops import metrics
+from dilformer_jax.ops import folding, overlap
 from dilformer_jax.registration import refine
 
 GOLDEN = Path(__file__).with_suffix(".json")
@@ -42,7 +42,7 @@ def measured() -> dict[str, Any]:
     at = np.indices(SHAPE) + np.moveaxis(u, -1, 0)
     moved = ndimage.map_coordinates(moving, at, order=1, mode="nearest")
     moved_labels = ndimage.map_coordinates(moving_labels, at, order=0, mode="constant")
-    dice = lambda of: float(np.nanmean(metrics.dice(labels, of, list(LABELS), moving_labels)))
+    dice = lambda of: float(np.nanmean(overlap.dice(labels, of, list(LABELS), moving_labels)))
     alike = lambda image: float(np.corrcoef(fixed.ravel(), image.ravel())[0, 1])
     brain = np.argwhere(labels > 0)
     points = brain[np.random.default_rng(0).choice(len(brain), POINTS, replace=False)]
@@ -51,7 +51,7 @@ def measured() -> dict[str, Any]:
         "dice": dice(moved_labels),
         "correlation_before": alike(moving),
         "correlation": alike(moved),
-        "folding_percent": metrics.folding_percent(u),
+        "folding_percent": folding.folding_percent(u),
         "points": points.tolist(),
         "displacement": u[tuple(points.T)].tolist(),
     }

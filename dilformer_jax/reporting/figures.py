@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from dilformer_jax.io.volumes import replacing
-from dilformer_jax.ops.metrics import folded, jacobian_determinant
+from dilformer_jax.ops.folding import folded, jacobian_determinant
 from dilformer_jax.reporting import panels
 from dilformer_jax.reporting.panels import INK, PALE
 from dilformer_jax.reporting.shown import centre_of_mass, window

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int32, Num, Real
 from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax.io.geometry import apply_affine, orientation, spacing
-from dilformer_jax.ops.metrics import jacobian_determinant
+from dilformer_jax.ops.folding import jacobian_determinant
 
 Image = Float32[np.ndarray, "_ _ _"]
 Labels = Int32[np.ndarray, "_ _ _"]
