@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toys import affine, image, pairs_file, write
 
-from dilformer_jax import evaluate, export
+from dilformer_jax import cli, evaluate, export
 from dilformer_jax.io.volumes import read_image, read_labels
 from dilformer_jax.models import bundle
 from dilformer_jax.registration import pipeline
@@ -26,7 +26,8 @@ PAIRS = (
     [
         (["--workdir", "run"], "evaluation"),
         (["--workdir", "run", "--method", "identity"], "evaluation-identity"),
-        (["--workdir", "run", "--protocol", "lpba40-test", "--data", "d"], "evaluation-lpba40-test"),
+        (["--workdir", "run", "--protocol", "lpba40", "--data", "d"], "evaluation-lpba40"),
+        (["--workdir", "run", "--protocol", "ixi", "--split", "test", "--data", "d"], "evaluation-ixi-test"),
         (["--method", "identity", "--pairs", "data/mine.csv"], "evaluation-identity-mine"),
         (["--workdir", "run", "--refine", "50"], "evaluation-refine50"),
         (["--method", "identity", "--refine", "9", "--diffeomorphic"], "evaluation-identity-refine9-diffeomorphic"),
@@ -58,6 +59,7 @@ def test_evaluating_the_identity(inputs: Path, tmp_path: Path, capsys):
         }
         assert row["hd95"] == pytest.approx(1.0)  # one voxel along axis 0, which is 1 mm
     assert third["dice"] == 1 and third["hd95"] == 0 and third["absent"] == [900, 901]
+    assert third["dice_absent0"] == 0.5 and first["hd95_before"] == first["hd95"]
     assert (first["name"], second["fixed"]) == ("moving_to_fixed", "moving")
     assert results["summary"]["dice"] == {
         "mean": pytest.approx((2 * np.mean(list(dice.values())) + 1) / 3),
@@ -68,6 +70,7 @@ def test_evaluating_the_identity(inputs: Path, tmp_path: Path, capsys):
     assert results["definition"]["labels"] == "3,5,900-901"
     names = [
         "best.png",
+        "dice_folding.png",
         "dice_per_label.png",
         "median.png",
         "report.html",
@@ -103,10 +106,15 @@ def test_evaluating_a_network_times_and_warps_as_register_does(inputs: Path, tmp
     [
         ((), "No pairs to evaluate"),
         (("--pairs", "good.csv"), "Nothing to evaluate"),
-        (("--method", "identity", "--protocol", "lpba40-validation"), "--protocol and --data go together"),
+        (("--method", "identity", "--protocol", "lpba40"), "--protocol and --data go together"),
         (("--method", "identity", "--data", "."), "--protocol and --data go together"),
-        (("--method", "identity", "--protocol", "lpba41-test", "--data", "."), "--protocol lpba41-test is not known"),
-        (("--method", "identity", "--protocol", "lpba40-test", "--data", "."), "but none of S01_t1.nii.gz"),
+        (("--method", "identity", "--protocol", "lpba41", "--data", "."), "--protocol lpba41 is not known; it is one of"),
+        (("--method", "identity", "--protocol", "lpba40-test", "--data", "."), "give --protocol lpba40 --split test"),
+        (("--method", "identity", "--protocol", "lpba40", "--data", "."), "S01_t1.nii.gz"),
+        (("--method", "identity", "--pairs", "good.csv", "--split", "test"), "--split is for --protocol"),
+        (("--method", "identity", "--pairs", "good.csv", "--dataset", "ixi"), "--dataset is for --protocol"),
+        (("--method", "affine", "--pairs", "good.csv", "--refine", "5"), "--refine does not go with --method affine"),
+        (("--method", "identity", "--pairs", "good.csv", "--shard", "3/2"), "'3/2' is no part of a whole"),
         (("--method", "identity", "--pairs", "good.csv", "--labels", "21-x"), "'21-x' is no list of labels"),
         (("--method", "identity", "--pairs", "good.csv", "--labels", "9-7"), "is no list of labels"),
         (("--method", "identity", "--pairs", "good.csv", "--weights", "weights"), "--weights says what to evaluate"),
@@ -129,7 +137,7 @@ def test_what_cannot_be_evaluated(inputs: Path, tmp_path: Path, capsys, monkeypa
 
 
 def test_label_lists_there_and_back():
-    assert evaluate._label_list("21-24, 41,22") == (21, 22, 23, 24, 41)
+    assert cli.labels("21-24, 41,22") == (21, 22, 23, 24, 41)
     assert evaluate._ranges((41, 21, 22, 23, 61, 62)) == "21-23,41,61-62"
 
 

@@ -1,19 +1,22 @@
 """Instance optimisation finds known deformations, improves what it is given, and does not depend on how the voxels
 are stored."""
 
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from dilformer_jax import cli, models
 from dilformer_jax.data.phantoms import LABELS, phantom
-from dilformer_jax.io.volumes import BadInput
+from dilformer_jax.io.volumes import BadInput, Volume
 from dilformer_jax.models import blocks
 from dilformer_jax.ops import folding, overlap
-from dilformer_jax.registration import evaluation, refine
+from dilformer_jax.registration import methods, refine
 from dilformer_jax.registration.pipeline import warp_labels
 from dilformer_jax.registration.refine import Refinement
 
@@ -229,13 +232,15 @@ def test_what_cannot_be_refined(brain):
 
 
 def test_a_method_says_that_it_is_refined(brain):
-    method = evaluation.method_of(None, QUICK)
+    method = methods.refined(methods.identity(), None, QUICK)
     assert method.name == "identity, 20 steps of refinement of a displacement"
+    assert method.settings["refinement"]["steps"] == 20
     fixed = pulled(brain[0], bent(3.0))
     method.compile(SHAPE, "a.nii")
+    place = np.diag([2.0, 2.0, 2.0, 1.0])
+    volumes = [Volume(array, place, Path("a.nii"), nib.Nifti1Header()) for array in (fixed, brain[0])]
     np.testing.assert_array_equal(
-        method.displacement(fixed, brain[0], ("a", "b"), (2.0, 2.0, 2.0)),
-        refine.refine(fixed, brain[0], QUICK).displacement,
+        method.displacement(*volumes), refine.refine(fixed, brain[0], QUICK).displacement
     )
     with pytest.raises(BadInput, match=r"a.nii is 5x33x30, too small"):
         method.check_shape((5, 33, 30), "a.nii")
