@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dilformer_jax import cli
-from dilformer_jax.data import sources
-from dilformer_jax.data.sources import Pair
+from dilformer_jax.data.folders import pairs_csv
+from dilformer_jax.data.sources import DATASETS
+from dilformer_jax.data.subjects import SPLITS, Pair, split
+from dilformer_jax.io.bare import is_bare
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.geometry import orientation, spacing
 from dilformer_jax.io.volumes import BadInput, normalise
@@ -153,22 +155,22 @@ def _protocol(options: argparse.Namespace) -> tuple[str, tuple[Pair, ...], tuple
         raise BadInput("--protocol and --data go together: a data set's split, and the folder of its files.")
     config = None if options.workdir is None else read_config(options.workdir)
     if options.pairs is not None:
-        dataset, part = sources.pairs_csv(options.pairs), "test"
-        return str(options.pairs), sources.split(dataset, part), options.labels or dataset.labels
+        dataset, part = pairs_csv(options.pairs), "test"
+        return str(options.pairs), split(dataset, part), options.labels or dataset.labels
     if options.protocol is not None:
         kind, _, part = options.protocol.rpartition("-")
-        if kind not in sources.DATASETS or part not in sources.SPLITS:
+        if kind not in DATASETS or part not in SPLITS:
             raise BadInput(
-                f"--protocol {options.protocol} is not known; it is a data set ({', '.join(sources.DATASETS)}), a dash "
-                f"and a split ({', '.join(sources.SPLITS)})."
+                f"--protocol {options.protocol} is not known; it is a data set ({', '.join(DATASETS)}), a dash "
+                f"and a split ({', '.join(SPLITS)})."
             )
         directory = options.data
     elif config is not None:
         kind, part, directory = config["data"]["name"], "validation", Path(config["data"]["directory"])
     else:
         raise BadInput("No pairs to evaluate; give --protocol NAME with --data DIR, or --pairs pairs.csv.")
-    dataset = sources.DATASETS[kind](directory, **_dataset_options(kind, config, options.weights))
-    return f"{kind}-{part}", sources.split(dataset, part), options.labels or dataset.labels
+    dataset = DATASETS[kind](directory, **_dataset_options(kind, config, options.weights))
+    return f"{kind}-{part}", split(dataset, part), options.labels or dataset.labels
 
 
 def _dataset_options(kind: str, config: Mapping[str, Any] | None, weights: Path | None) -> dict[str, Any]:
@@ -214,7 +216,7 @@ def _pictures(
             fixed_labels=_kept(case.fixed_labels, labels),
             moved_labels=None if moving_labels is None else _kept(warp_labels(moving_labels, u), labels),
             spacing=spacing(case.fixed.affine),
-            orientation="" if case.fixed.path.suffix == ".pkl" else orientation(case.fixed.affine),
+            orientation="" if is_bare(case.fixed.path) else orientation(case.fixed.affine),
         )
         figures.save(folder / f"{rank}.png", figure)
         score = f"Dice {rows[k]['dice_before']:.4f} -> {rows[k]['dice']:.4f}" if scored else ""

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from dilformer_jax.data.preprocessing import load
-from dilformer_jax.data.sources import Pair, Subject
+from dilformer_jax.data.subjects import Pair, Subject
+from dilformer_jax.data.volumes import opened
 from dilformer_jax.io.geometry import spacing
-from dilformer_jax.io.volumes import Volume, check_same_grid, open_nifti
+from dilformer_jax.io.volumes import Volume, check_same_grid
 from dilformer_jax.ops import metrics
 from dilformer_jax.registration import refine
 from dilformer_jax.registration.pipeline import deformation, identity, warp_labels
@@ -101,8 +102,8 @@ def check(pairs: Sequence[Pair], method: Method) -> None:
     """Raises BadInput, from the headers alone, where a pair does not share a grid or is too small for the method."""
     grids = {}
     for subject in dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)):
-        if subject.image.suffix != ".pkl":  # says nothing but in its whole
-            image = open_nifti(subject.image)
+        image = opened(subject)
+        if image is not None:  # a bare array says nothing but in its whole
             # An array that takes no memory: only its shape is looked at.
             grids[subject] = Volume(
                 np.broadcast_to(np.float32(0), image.shape[:3]), _affine(subject), subject.image, image.header
@@ -174,13 +175,15 @@ def overlap(case: Case, labels: Sequence[int]) -> dict[str, float]:
 
 def _read(subject: Subject) -> tuple[Volume, np.ndarray | None]:
     image, labels = load(subject, RAW)  # kept in memory, so that each file is decoded once
-    header = nib.nifti1.Nifti1Header() if subject.image.suffix == ".pkl" else open_nifti(subject.image).header
+    file = opened(subject)
+    header = nib.nifti1.Nifti1Header() if file is None else file.header
     return Volume(image[..., 0], _affine(subject), subject.image, header), labels
 
 
 def _affine(subject: Subject) -> np.ndarray:
-    # Label maps of which images are made lie each in a frame of its own: voxels are compared, as those of pickles are.
-    return np.eye(4) if subject.image.suffix == ".pkl" or subject.seed is not None else open_nifti(subject.image).affine
+    # Label maps of which images are made lie each in a frame of its own: voxels are compared, as those of bare arrays.
+    file = opened(subject)
+    return np.eye(4) if file is None or subject.seed is not None else file.affine
 
 
 def _nothing(shape: tuple[int, ...], name: object) -> None:
