@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dilformer_jax import cli
-from dilformer_jax.data import protocols, sources
+from dilformer_jax.data import protocols
+from dilformer_jax.data.folders import pairs_csv
 from dilformer_jax.data.protocols import PROTOCOLS, Task
+from dilformer_jax.data.sources import DATASETS
 from dilformer_jax.data.subjects import SPLITS, split
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.volumes import BadInput
@@ -229,12 +231,12 @@ def _task(options: argparse.Namespace, known: "Selection | None") -> Task:
         own = dict(known.options) if known is not None and known.dataset == kind else {}
         return protocols.task(options.protocol, options.data, options.split, options.dataset, own, options.labels or ())
     if options.pairs is not None:
-        dataset, part, kind, name = sources.DATASETS["pairs_csv"](options.pairs), "test", "pairs_csv", str(options.pairs)
+        dataset, part, kind, name = pairs_csv(options.pairs), "test", "pairs_csv", str(options.pairs)
         text = f"the pairs of {options.pairs}"
     elif options.workdir is not None:
         data = read_config(options.workdir)["data"]
         kind, part = data["name"], options.split or "validation"
-        dataset, name = sources.DATASETS[kind](Path(data["directory"]), **data["options"]), kind
+        dataset, name = DATASETS[kind](Path(data["directory"]), **data["options"]), kind
         text = f"the {part} pairs of the data that the network was trained with, in {data['directory']}"
     else:
         raise BadInput("No pairs to evaluate; give --protocol NAME with --data DIR, or --pairs pairs.csv.")

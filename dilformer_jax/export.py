@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dilformer_jax import cli
-from dilformer_jax.data import sources
+from dilformer_jax.data.sources import DATASETS
+from dilformer_jax.data.subjects import Dataset
 from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.reporting import provenance
 from dilformer_jax.training import logs
@@ -77,7 +78,7 @@ def _options(model: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
 
 
-def _dataset(config: Mapping[str, Any], moved_to: Path | None) -> sources.Dataset:
+def _dataset(config: Mapping[str, Any], moved_to: Path | None) -> Dataset:
     """The data set that the run was trained on: grid, labels and licence are read from it."""
     directory = Path(config["data"]["directory"]) if moved_to is None else moved_to
     if not directory.exists():
@@ -85,7 +86,7 @@ def _dataset(config: Mapping[str, Any], moved_to: Path | None) -> sources.Datase
             f"{directory}, which holds the data of this run, does not exist; say by --data where it is, since a bundle "
             "names the labels and the licence of its data."
         )
-    return sources.DATASETS[config["data"]["name"]](directory, **config["data"]["options"])
+    return DATASETS[config["data"]["name"]](directory, **config["data"]["options"])
 
 
 def _validation(workdir: Path, step: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import numpy as np
 
 from dilformer_jax import cli
 from dilformer_jax.api import How, carry_out, read, registered
-from dilformer_jax.data import sources
-from dilformer_jax.data.sources import Pair, Subject
+from dilformer_jax.data.folders import pairs_csv
+from dilformer_jax.data.subjects import Pair, Subject, split
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.headers import BadInput
 from dilformer_jax.reporting import provenance
@@ -152,8 +152,8 @@ def _register_all(options: argparse.Namespace, how: How) -> None:
     from dilformer_jax.registration import batch
     from dilformer_jax.reporting import outputs
 
-    dataset = sources.pairs_csv(options.pairs)
-    pairs = sources.split(dataset, "test")
+    dataset = pairs_csv(options.pairs)
+    pairs = split(dataset, "test")
     options.output.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     job = lambda pair, folder: _register_one(pair, folder, how)

@@ -15,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from dilformer_jax import cli
-from dilformer_jax.data import sources
+from dilformer_jax.data.sources import DATASETS
+from dilformer_jax.data.subjects import Pair
 from dilformer_jax.io.volumes import BadInput, replacing
 from dilformer_jax.reporting import provenance, tables
 from dilformer_jax.training import logs
@@ -36,7 +37,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     import jax.numpy as jnp
 
     from dilformer_jax import models
-    from dilformer_jax.data import pipeline
+    from dilformer_jax.data import pipeline, subjects
     from dilformer_jax.registration import evaluation
     from dilformer_jax.registration.predictor import Predictor, keywords
     from dilformer_jax.reporting import figures
@@ -56,7 +57,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         raise BadInput(f"config.model: {error}") from error
 
     # --- Data ---
-    source, options = sources.DATASETS[config.data.name], keywords(config.data.options.to_dict())
+    source, options = DATASETS[config.data.name], keywords(config.data.options.to_dict())
     known = set(inspect.signature(source).parameters) - {"directory", "path"}
     if unknown := sorted(options.keys() - known):
         raise BadInput(
@@ -68,8 +69,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     preprocessing, resident = config.data.preprocessing.to_dict(), config.data.cache == "device"
     cache = None if resident else config.data.cache or None
     _check_labels(config, made, len(dataset.labels))
-    pairs = sources.split(dataset, "train")
-    held_out = _spread(sources.split(dataset, "validation"), config.validation_pairs)
+    pairs = subjects.split(dataset, "train")
+    held_out = _spread(subjects.split(dataset, "validation"), config.validation_pairs)
     evaluation.check([*pairs, *held_out], methods.identity())
     grid = pipeline.common_grid(pairs, preprocessing, cache=cache)
     shape = tuple(grid["network_shape"])
@@ -220,8 +221,8 @@ def _check(config: ConfigDict, batch_size: int, shares: int) -> None:
             f"batch_size {batch_size} on {shares} {owners if shares > 1 else 'device'} does not divide into accumulate="
             f"{config.accumulate} parts; make it a multiple of {shares * config.accumulate}, or 0 in a new run."
         )
-    if config.data.name not in sources.DATASETS:
-        raise BadInput(f"config.data.name is {config.data.name!r}; give one of {', '.join(sources.DATASETS)}.")
+    if config.data.name not in DATASETS:
+        raise BadInput(f"config.data.name is {config.data.name!r}; give one of {', '.join(DATASETS)}.")
     for name in ("total_steps", "log_every", "validate_every", "checkpoint_every"):
         if config[name] < 1:
             raise BadInput(f"{name} is {config[name]}; make it 1 or more.")
@@ -265,15 +266,13 @@ def _check_numbers(measured: dict[str, float], step: int, names: Sequence[str], 
             )
 
 
-def _spread(pairs: tuple[sources.Pair, ...], count: int) -> list[sources.Pair]:
+def _spread(pairs: tuple[Pair, ...], count: int) -> list[Pair]:
     """`count` of the pairs (all of them for 0), evenly spread so that every subject has its turn."""
     count = min(count or len(pairs), len(pairs))
     return [pairs[index * len(pairs) // count] for index in range(count)]
 
 
-def _validate(
-    predictor: "Predictor", params: Any, pairs: list[sources.Pair], labels: tuple[int, ...]
-) -> dict[str, float]:
+def _validate(predictor: "Predictor", params: Any, pairs: list[Pair], labels: tuple[int, ...]) -> dict[str, float]:
     """Means over the pairs, at the resolution of the files: Dice before and now, folding, and how far the displacement
     reaches."""
     import jax
@@ -336,7 +335,7 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
             partial.write_text(json.dumps(new, indent=2) + "\n")
 
 
-def _record(pairs: Sequence[sources.Pair], grid: dict[str, Any], devices: str) -> dict[str, Any]:
+def _record(pairs: Sequence[Pair], grid: dict[str, Any], devices: str) -> dict[str, Any]:
     """By which program the run was last started, on which pairs, and their grid, which `register` compares."""
     names = "\n".join(pair.name for pair in pairs)
     return {

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from dilformer_jax.data import sources
+from dilformer_jax.data.sources import DATASETS
+from dilformer_jax.data.subjects import Pair, ordered_pairs, subjects_of
 from dilformer_jax.io.volumes import normalise, read_image, read_labels
 from dilformer_jax.ops import overlap
 from dilformer_jax.registration.pipeline import register
@@ -39,12 +40,11 @@ def recoloured(image: Float32[np.ndarray, "D H W"], seed: int) -> Float32[np.nda
     return np.where(image > 0, np.interp(x, (0, *LEVELS, 1), levels), 0).astype(np.float32)
 
 
-def pairs_of(name: str, directory: Path, count: int) -> tuple[list[sources.Pair], tuple[int, ...]]:
-    dataset = sources.DATASETS[name](directory)
+def pairs_of(name: str, directory: Path, count: int) -> tuple[list[Pair], tuple[int, ...]]:
+    dataset = DATASETS[name](directory)
     pairs = dataset.validation
     if name != "lpba40":
-        subjects = dict.fromkeys(s for pair in (*dataset.train, *dataset.validation) for s in (pair.fixed, pair.moving))
-        pairs = sources.ordered_pairs(tuple(subjects))
+        pairs = ordered_pairs(subjects_of((*dataset.train, *dataset.validation)))
     return [pairs[index * len(pairs) // count] for index in range(min(count, len(pairs)))], dataset.labels
 
 

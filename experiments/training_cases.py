@@ -21,7 +21,8 @@ from cases import CONFIGS, Case, Row, Run, by
 from network_cases import random_parameters
 
 from dilformer_jax import models
-from dilformer_jax.data import pipeline, sources
+from dilformer_jax.data import pipeline
+from dilformer_jax.data.sources import DATASETS
 from dilformer_jax.training import feeding, parallel, state
 
 ROOT = CONFIGS.parent
@@ -125,7 +126,7 @@ def feeds(arguments: argparse.Namespace) -> Iterator[Row]:
         directory = Path(f"{folder}/phantoms" if arguments.quick else arguments.data or ROOT / config.data.directory)
         if not arguments.quick and not directory.is_dir():
             return
-        pairs = sources.DATASETS[config.data.name](directory, **config.data.options.to_dict()).train
+        pairs = DATASETS[config.data.name](directory, **config.data.options.to_dict()).train
         preprocessing = config.data.preprocessing.to_dict()
         shape = pipeline.common_shape(pairs, preprocessing)
         volumes = feeding.upload(pairs, preprocessing, shape, parallel.replicated(one_device()))

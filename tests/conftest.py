@@ -69,9 +69,11 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 @pytest.fixture(scope="session")
 def phantoms(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The phantoms of `demo.py:tiny`."""
-    from dilformer_jax.data import sources
+    from dilformer_jax.data import generated
 
-    return once("phantoms", lambda folder: sources.phantoms(folder, train=2, validation=2, shape=(32, 32, 32), seed=0))
+    return once(
+        "phantoms", lambda folder: generated.phantoms(folder, train=2, validation=2, shape=(32, 32, 32), seed=0)
+    )
 
 
 @pytest.fixture(scope="session")

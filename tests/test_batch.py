@@ -8,7 +8,7 @@ import pytest
 from toys import pairs_file
 
 from dilformer_jax import register
-from dilformer_jax.data.sources import Pair, Subject
+from dilformer_jax.data.subjects import Pair, Subject
 from dilformer_jax.io.folders import digest
 from dilformer_jax.io.volumes import BadInput, read_image
 from dilformer_jax.registration import batch

@@ -18,8 +18,9 @@ import training_runs as runs
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from dilformer_jax import cli, models, train
-from dilformer_jax.data import sources
+from dilformer_jax.data.ixi import IXI_LABELS
 from dilformer_jax.data.preprocessing import resolved
+from dilformer_jax.data.sources import DATASETS
 from dilformer_jax.data.synthesis import OPTIONS, STRUCTURES
 from dilformer_jax.ops import losses
 from dilformer_jax.registration.predictor import keywords
@@ -99,7 +100,7 @@ def test_every_key_is_read_by_the_code(path: Path) -> None:
     config = cli.load_config(str(path))
     tree = ast.parse((runs.ROOT / "dilformer_jax" / "train.py").read_text())
     named = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    function = sources.DATASETS[config.data.name]
+    function = DATASETS[config.data.name]
     parameters = lambda function: {f"{name}" for name in inspect.signature(function).parameters}
     known = {
         "model.options.": set(models.MODELS[config.model.name].__dataclass_fields__) - {"parent", "name"},
@@ -218,7 +219,7 @@ def test_ixi_trains(tmp_path: Path) -> None:
     """On four brains, and an atlas, in the layout and the types that TransMorph's archive has."""
     from dilformer_jax.data.phantoms import phantom
 
-    ids = np.array([0, *sources.IXI_LABELS], np.int16)
+    ids = np.array([0, *IXI_LABELS], np.int16)
     for number, name in enumerate(("atlas", "Train/subject_1", "Train/subject_2", "Val/subject_3")):
         path = tmp_path / "data" / f"{name}.pkl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax.data.pipeline import batches, load
-from dilformer_jax.data.sources import Pair, Subject, ordered_pairs
+from dilformer_jax.data.subjects import Pair, Subject, ordered_pairs
 from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.training import feeding, parallel
 

@@ -16,7 +16,7 @@ import pytest
 
 import dilformer_jax
 from dilformer_jax.data.pipeline import batches, common_grid, common_shape, load, spacing
-from dilformer_jax.data.sources import Pair, Subject, ordered_pairs
+from dilformer_jax.data.subjects import Pair, Subject, ordered_pairs
 from dilformer_jax.io.volumes import BadInput
 
 SHAPE = (4, 6, 8)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dilformer_jax.data import preprocessing
+from dilformer_jax.data.lpba40 import lpba40
 from dilformer_jax.data.preprocessing import load, load_image
-from dilformer_jax.data.sources import Subject, lpba40
+from dilformer_jax.data.subjects import Subject
 from dilformer_jax.io.volumes import BadInput
 
 GENERATOR = np.random.default_rng(5)
@@ -128,14 +129,14 @@ def test_pickles_are_read_by_their_suffix(tmp_path):
 
 def counted(monkeypatch, name):
     calls, real = [], getattr(preprocessing, name)
-    monkeypatch.setattr(preprocessing, name, lambda path: calls.append(path) or real(path))
+    monkeypatch.setattr(preprocessing, name, lambda *given: calls.append(given) or real(*given))
     return calls
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_each_file_is_decoded_once_until_it_changes(tmp_path, monkeypatch, on_disk):
     cache = tmp_path / "cache" if on_disk else None
-    calls, brain = counted(monkeypatch, "read_image"), Subject("a", tmp_path / "a.nii", None)
+    calls, brain = counted(monkeypatch, "image_of"), Subject("a", tmp_path / "a.nii", None)
     nib.Nifti1Image(IMAGE, np.eye(4)).to_filename(brain.image)
     first = load_image(brain, {}, cache=cache)
     assert load_image(Subject("other name", brain.image, None), {"normalise": "max"}, cache=cache) is first
@@ -157,7 +158,7 @@ def test_the_cache_on_disk_outlives_the_process_and_mends_itself(tmp_path, monke
     assert len(files) == 2 and all(path.suffix == ".npy" for path in files)
 
     preprocessing._memory.clear()
-    images, maps = counted(monkeypatch, "read_image"), counted(monkeypatch, "read_labels")
+    images, maps = counted(monkeypatch, "image_of"), counted(monkeypatch, "labels_of")
     again = load(brain, {"downsample": 2}, cache=cache)
     assert not images and not maps
     np.testing.assert_array_equal(again[0], image)
@@ -182,7 +183,7 @@ def test_a_cache_folder_that_cannot_be_is_named(tmp_path):
 def test_memory_forgets_what_was_unused_for_longest(tmp_path, monkeypatch):
     one = subject(tmp_path)
     monkeypatch.setattr(preprocessing, "MEMORY_BYTES", 2 * IMAGE.size * 4)
-    calls = counted(monkeypatch, "read_image")
+    calls = counted(monkeypatch, "image_of")
     load_image(one, {})
     load_image(one, {"normalise": "minmax"})
     load_image(one, {})

@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage  # type: ignore[import-untyped]
 from scipy.interpolate import BSpline  # type: ignore[import-untyped]
 
-from dilformer_jax.data import pipeline, sources, synthesis
+from dilformer_jax.data import generated, pipeline, synthesis
 from dilformer_jax.data.phantoms import phantom
 from dilformer_jax.data.preprocessing import decode_classes, load_image, load_labels
 from dilformer_jax.io.volumes import BadInput, normalise
@@ -217,7 +217,7 @@ def test_options_that_cannot_be_are_refused(options: Mapping[str, Any], told: st
 
 
 def test_label_maps_are_a_data_set(folder: Path) -> None:
-    dataset = sources.label_maps(folder, validation=2, synthesis={"noise": 0.1})
+    dataset = generated.label_maps(folder, validation=2, synthesis={"noise": 0.1})
     assert (len(dataset.train), len(dataset.validation), len(dataset.labels)) == (6, 2, 31)
     assert dataset.synthesis == synthesis.OPTIONS | {"noise": 0.1}
     subject = dataset.validation[0].fixed
@@ -227,13 +227,13 @@ def test_label_maps_are_a_data_set(folder: Path) -> None:
     np.testing.assert_array_equal(image, normalise(synthesis.t1_like(maps, 4), "percentile"))
     np.testing.assert_array_equal(decode_classes(subject, {"downsample": 2}), maps[1::2, 1::2, 1::2])
     with pytest.raises(BadInput, match="5 of them seg_.*, and 4 are for validation; give two"):
-        sources.label_maps(folder)
+        generated.label_maps(folder)
 
 
 def test_what_the_devices_make_is_what_numpy_makes(folder: Path) -> None:
     """Of the numbers that come with a batch, whatever their step, and of the same noise."""
     mesh = parallel.mesh(2)
-    pairs = sources.label_maps(folder, validation=2).train
+    pairs = generated.label_maps(folder, validation=2).train
     maps = feeding.upload(pairs, {}, SHAPE, parallel.replicated(mesh), classes=True)
     assert maps.volumes.dtype == jnp.uint8
     feed = feeding.feeder(mesh, parallel.slabs(mesh, SHAPE[0], 4), maps)

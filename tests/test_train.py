@@ -11,7 +11,7 @@ import pytest
 import training_runs as runs
 
 from dilformer_jax import train
-from dilformer_jax.data import pipeline, sources
+from dilformer_jax.data import folders, generated, pipeline
 from dilformer_jax.io.volumes import BadInput, read_labels, write_labels
 from dilformer_jax.models import bundle
 from dilformer_jax.training import checkpoint, logs, state
@@ -48,7 +48,7 @@ def test_a_run_leaves_what_explains_it(workdir: Path, phantoms: Path) -> None:
     validated = [line for line in lines if "dice" in line]
     assert [line["step"] for line in validated] == [0, 4, 8, 12]
     # Doing nothing, by the definition of Dice, on the one pair of two that is looked at.
-    pair = sources.phantoms(phantoms, train=2, validation=2, shape=(32, 32, 32)).validation[0]
+    pair = generated.phantoms(phantoms, train=2, validation=2, shape=(32, 32, 32)).validation[0]
     fixed, moving = (read_labels(subject.labels).array for subject in (pair.fixed, pair.moving) if subject.labels)
     overlaps = [
         2 * ((fixed == label) & (moving == label)).sum() / ((fixed == label).sum() + (moving == label).sum())
@@ -259,7 +259,7 @@ def test_a_loss_that_is_no_number_names_the_pairs(
     told = refusal(monkeypatch, capsys, tmp_path / "run", *overrides, "--config.optimiser.learning_rate=1e30")
     step = int(told.partition(" at step ")[2].split(",")[0])
     assert step in (2, 3, 4) and "a lower optimiser.learning_rate than 1e+30" in told
-    pairs = sources.folder(phantoms).train
+    pairs = folders.folder(phantoms).train
     stream = pipeline.batches(pairs, {"crop_to": (32, 32, 32)}, batch_size=4, seed=0, start_step=step - 1)
     with stream as batches:
         names = ", ".join(pairs[index].name for index in next(batches)["index"])

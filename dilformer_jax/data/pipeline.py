@@ -18,10 +18,12 @@ import numpy as np
 from absl import flags as absl_flags
 
 from dilformer_jax.data.preprocessing import by, downsampled_shape, load, load_image, load_labels, resolved
-from dilformer_jax.data.sources import Pair, Subject
+from dilformer_jax.data.subjects import Pair, Subject
 from dilformer_jax.data.synthesis import drawn
+from dilformer_jax.data.volumes import image_of, opened
 from dilformer_jax.io import geometry
-from dilformer_jax.io.volumes import BadInput, open_nifti, read_image
+from dilformer_jax.io.bare import is_bare
+from dilformer_jax.io.volumes import BadInput
 
 __all__ = [
     "Batches",
@@ -37,10 +39,9 @@ __all__ = [
 
 
 def spacing(subject: Subject) -> tuple[float, float, float]:
-    """Edges in mm of a voxel of the subject's file, before any downsampling; 1 for pickles, which do not say."""
-    if subject.image.suffix == ".pkl":
-        return (1.0, 1.0, 1.0)
-    return geometry.spacing(open_nifti(subject.image).affine)
+    """Edges in mm of a voxel of the subject's file, before any downsampling; 1 for bare arrays, which do not say."""
+    image = opened(subject)
+    return (1.0, 1.0, 1.0) if image is None else geometry.spacing(image.affine)
 
 
 def common_shape(
@@ -48,7 +49,7 @@ def common_shape(
 ) -> tuple[int, int, int]:
     """The one shape (D, H, W) in which all images of the pairs reach the network, found from the headers of the files.
 
-    A pickle has no header: the first stands for all until `batches` comes to the others.
+    Bare arrays, in pickles and .npz, have no header: the first stands for all until `batches` comes to the others.
 
     Raises BadInput that names the odd one out where shapes (unless all are cropped to one) or orientations differ.
     """
@@ -56,7 +57,7 @@ def common_shape(
     subjects = list(dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)))
     if not subjects:
         raise BadInput("There are no pairs to make batches of; choose a split that has some.")
-    grids = {subject: _grid(subject) for subject in subjects if subject.image.suffix != ".pkl"}
+    grids = {subject: _grid(subject) for subject in subjects if not is_bare(subject.image)}
     if not grids:
         return _extent(load_image(subjects[0], settings, cache=cache))
     box = settings["crop_to"]
@@ -76,8 +77,8 @@ def common_grid(
     """What a network trained on the pairs is to be told of their grid, as JSON has it.
 
     `shape` is that of the images, after cropping, and `network_shape` that in which they reach the network;
-    `spacing_mm` and `orientation` are the files', as "RAS" or None for pickles, which do not say. Raises BadInput as
-    `common_shape` does.
+    `spacing_mm` and `orientation` are the files', as "RAS" or None for bare arrays, which do not say. Raises BadInput
+    as `common_shape` does.
     """
     settings = resolved(preprocessing)
     shape = common_shape(pairs, settings, cache=cache)
@@ -85,7 +86,7 @@ def common_grid(
     return {
         "shape": [size * settings["downsample"] for size in shape],
         "spacing_mm": [round(size, 6) for size in spacing(subject)],
-        "orientation": None if subject.image.suffix == ".pkl" else _grid(subject)[1],
+        "orientation": None if is_bare(subject.image) else _grid(subject)[1],
         "network_shape": list(shape),
     }
 
@@ -287,8 +288,9 @@ def _stay_off_the_accelerator(worker: int, workers: int) -> None:
 
 def _grid(subject: Subject) -> tuple[tuple[int, ...], str]:
     """Shape and orientation of a NIfTI image, by its header."""
-    image = open_nifti(subject.image)
-    shape = image.shape if len(image.shape) == 3 else read_image(subject.image).array.shape
+    image = opened(subject)
+    assert image is not None
+    shape = image.shape if len(image.shape) == 3 else image_of(subject).array.shape
     return shape, geometry.orientation(image.affine)
 
 

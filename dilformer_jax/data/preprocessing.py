@@ -5,6 +5,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from dilformer_jax.data import synthesis
-from dilformer_jax.data.sources import Subject
-from dilformer_jax.io.pickles import read_pickle
-from dilformer_jax.io.volumes import BadInput, check_same_grid, normalise, read_image, read_labels, replacing
+from dilformer_jax.data.subjects import Subject
+from dilformer_jax.data.volumes import files_of, image_of, labels_of
+from dilformer_jax.io.volumes import BadInput, normalise, read_labels, replacing
 
 PREPROCESSING: dict[str, Any] = {"normalise": "max", "downsample": 1, "crop_to": None}
 CHOICES: dict[str, tuple] = {
@@ -57,7 +58,8 @@ def load_image(
     """The image that `load` gives, for those who need no labels."""
     settings = resolved(preprocessing)
     kind = "image" if subject.seed is None else f"T1-like image, {synthesis.VERSION}, {subject.seed}"
-    return _kept(kind, [subject.image], settings, cache, partial(_decoded_image, subject, settings))
+    files = files_of(replace(subject, labels=None))
+    return _kept(kind + _which(subject), files, settings, cache, partial(_decoded_image, subject, settings))
 
 
 def decode_image(subject: Subject, preprocessing: Mapping[str, Any]) -> Float32[np.ndarray, "d h w 1"]:
@@ -72,8 +74,8 @@ def load_labels(
     settings = resolved(preprocessing)
     if subject.labels is None:
         return None
-    files = [subject.image, subject.labels]
-    return _kept("labels", files, settings, cache, partial(_decoded_labels, subject.image, subject.labels, settings))
+    kind, decoded = "labels" + _which(subject), partial(_decoded_labels, subject, settings)
+    return _kept(kind, [subject.image, subject.labels], settings, cache, decoded)
 
 
 def decode_classes(
@@ -84,7 +86,7 @@ def decode_classes(
     voxel. Raises BadInput as `load` does."""
     settings = resolved(preprocessing)
     assert subject.labels is not None
-    labels = _decoded_labels(subject.image, subject.labels, settings)
+    labels = _decoded_labels(subject, settings)
     factor = settings["downsample"]
     downsampled_shape(labels.shape, factor, subject.labels)
     labels = labels[(slice(factor // 2, None, factor),) * 3]
@@ -119,7 +121,7 @@ def prepared(
     Where downsampling does not divide the shape, BadInput says so of `name`; given a `multiple`, the end of each axis
     is continued with the border value instead, until what comes out is a multiple of it.
     """
-    image = _boxed(image, corner(image, settings["crop_to"]), settings["crop_to"], mode="edge")
+    image = boxed(image, corner(image, settings["crop_to"]), settings["crop_to"], mode="edge")
     try:
         image = normalise(image, settings["normalise"])
     except BadInput as fault:
@@ -160,30 +162,26 @@ def by(shape: tuple[int, ...]) -> str:
 
 def _decoded_image(subject: Subject, settings: dict[str, Any]) -> np.ndarray:
     if subject.seed is None:
-        image = _voxels(subject.image)
+        image = image_of(subject).array
     else:
         image = synthesis.t1_like(synthesis.classes(read_labels(subject.image).array, subject.image), subject.seed)
     return prepared(image, settings, subject.image)
 
 
-def _decoded_labels(image_path: Path, path: Path, settings: dict[str, Any]) -> np.ndarray:
-    image = _voxels(image_path)
-    if path.suffix == ".pkl":
-        labels = read_pickle(path)[1]
-        if labels.shape != image.shape:
-            raise BadInput(f"{path} is {by(labels.shape)}, {image_path} {by(image.shape)}; give labels of that image.")
-    else:
-        volume = read_labels(path)
-        check_same_grid(read_image(image_path), volume)
-        labels = volume.array
-    return _boxed(labels, corner(image, settings["crop_to"]), settings["crop_to"], mode="constant")
+def _decoded_labels(subject: Subject, settings: dict[str, Any]) -> np.ndarray:
+    image = image_of(subject)
+    labels = labels_of(subject, image)
+    assert labels is not None
+    box = settings["crop_to"]
+    return boxed(labels.array, corner(image.array, box), box, mode="constant")
 
 
-def _voxels(path: Path) -> np.ndarray:
-    return read_pickle(path)[0] if path.suffix == ".pkl" else read_image(path).array
+def _which(subject: Subject) -> str:
+    """What of its files the subject is, beyond their names."""
+    return "".join(f", {text}" for text in (subject.part, subject.axes) if text)
 
 
-def _boxed(array: np.ndarray, corner: list[int], box: tuple[int, int, int] | None, mode: Any) -> np.ndarray:
+def boxed(array: np.ndarray, corner: list[int], box: tuple[int, int, int] | None, mode: Any) -> np.ndarray:
     if box is None:
         return array
     ends = [start + size for start, size in zip(corner, box, strict=True)]

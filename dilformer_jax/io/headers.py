@@ -1,5 +1,6 @@
 """Where an image says that its voxels lie: what is checked of it, and how what it leaves open is settled."""
 
+import gzip
 import threading
 import warnings
 import zlib
@@ -81,8 +82,27 @@ def load(path: Path) -> nib.spatialimages.SpatialImage:
         raise BadInput(f"{path} does not exist; check the name.")
     if path.is_dir():
         raise BadInput(f"{path} is a directory; give a .nii or .nii.gz file.")
+    parts = parts_of(path)
     with _readable(path), _silent():
-        return nib.load(path)  # type: ignore[return-value]
+        return nib.load(path) if len(parts) == 1 else _pair(*parts)  # type: ignore[return-value]
+
+
+def parts_of(path: Path) -> tuple[Path, ...]:
+    """The files that an image consists of: itself, or the header and the voxels of a .hdr and .img pair, of which
+    either may be compressed by gzip. Raises BadInput where one of the pair is missing."""
+    base = path.name.removesuffix(".gz")
+    if not base.endswith((".hdr", ".img")):
+        return (path,)
+    found = []
+    for end in (".hdr", ".img"):
+        # Beside a file that is given by name, whatever else there is does not count.
+        given = [path] if base.endswith(end) else []
+        beside = [path.with_name(base[:-4] + end + packed) for packed in ("", ".gz")]
+        there = [candidate for candidate in given or beside if candidate.is_file()]
+        if not there:
+            raise BadInput(f"{path} has no {beside[0].name} or {beside[1].name} beside it; keep both files together.")
+        found.append(there[0])
+    return tuple(found)
 
 
 def open_nifti(path: Path, reading: Reading = ASKING) -> nib.nifti1.Nifti1Pair:
@@ -103,6 +123,14 @@ def settled(
             header.set_xyzt_units("mm")
             place(header, image.affine)
             image = nib.nifti1.Nifti1Image(image.dataobj, None, header)
+        if isinstance(image, nib.analyze.AnalyzeImage) and not isinstance(image, nib.nifti1.Nifti1Pair):
+            # Analyze 7.5 has voxel sizes, and nothing to be relied on that says where they lie.
+            header = nib.nifti1.Nifti1Header()
+            header.set_data_dtype(image.get_data_dtype())
+            sizes = image.header.get_zooms()
+            image = nib.nifti1.Nifti1Image(image.dataobj, None, header)
+            image.header.set_zooms(sizes)
+            image.header.set_xyzt_units("mm")
         if not isinstance(image, nib.nifti1.Nifti1Pair):
             raise BadInput(f"{path} is a {type(image).__name__}; convert it to NIfTI.")
         header = image.header.copy()  # that of an image in memory is its owner's
@@ -150,6 +178,17 @@ def described(affine: np.ndarray) -> str:
 def by(numbers: Iterable[object]) -> str:
     """'5x6x7'."""
     return "x".join(str(n) for n in numbers)
+
+
+def _pair(header: Path, voxels: Path) -> nib.spatialimages.SpatialImage:
+    """A NIfTI or an Analyze image in two files, with its voxels not yet read; nibabel wants both compressed or none."""
+    with (gzip.open if header.suffix == ".gz" else open)(header, "rb") as file:
+        start = file.read(nib.nifti2.Nifti2Header.sizeof_hdr)
+    kinds = (nib.nifti1.Nifti1Pair, nib.nifti2.Nifti2Pair, nib.spm2analyze.Spm2AnalyzeImage, nib.analyze.AnalyzeImage)
+    kind = next((kind for kind in kinds if kind.header_class.may_contain_header(start)), None)
+    if kind is None:
+        raise nib.filebasedimages.ImageFileError("no header of a pair")
+    return kind.from_file_map(kind.make_file_map({"header": str(header), "image": str(voxels)}))
 
 
 def _affine(

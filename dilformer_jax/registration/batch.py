@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dilformer_jax.data.sources import Pair
+from dilformer_jax.data.subjects import Pair
 from dilformer_jax.io.folders import digest
 from dilformer_jax.io.volumes import BadInput, replacing
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from dilformer_jax.data.preprocessing import load
 from dilformer_jax.data.subjects import Pair, Subject
-from dilformer_jax.io.volumes import Volume, check_same_grid, open_nifti, replacing
+from dilformer_jax.data.volumes import opened
+from dilformer_jax.io.volumes import Volume, check_same_grid, replacing
 from dilformer_jax.registration.methods import Method
 from dilformer_jax.registration.scoring import Case, Scoring, row
 
@@ -29,8 +30,8 @@ def check(pairs: Sequence[Pair], method: Method) -> None:
     """Raises BadInput, from the headers alone, where a pair does not share a grid or is too small for the method."""
     grids = {}
     for subject in dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)):
-        if has_header(subject.image):
-            image = open_nifti(subject.image)
+        image = opened(subject)
+        if image is not None:  # a bare array says nothing but in its whole
             # An array that takes no memory: only its shape is looked at.
             grids[subject] = Volume(
                 np.broadcast_to(np.float32(0), image.shape[:3]), _affine(subject), subject.image, image.header
@@ -186,15 +187,12 @@ def _read_pair(pair: Pair) -> tuple[tuple[Volume, np.ndarray | None], tuple[Volu
 
 def _read(subject: Subject) -> tuple[Volume, np.ndarray | None]:
     image, labels = load(subject, RAW)  # kept in memory, so that each file is decoded once
-    header = open_nifti(subject.image).header if has_header(subject.image) else nib.nifti1.Nifti1Header()
+    file = opened(subject)
+    header = nib.nifti1.Nifti1Header() if file is None else file.header
     return Volume(image[..., 0], _affine(subject), subject.image, header), labels
 
 
 def _affine(subject: Subject) -> np.ndarray:
-    # Label maps of which images are made lie each in a frame of its own: voxels are compared, as those of pickles are.
-    return np.eye(4) if not has_header(subject.image) or subject.seed is not None else open_nifti(subject.image).affine
-
-
-def has_header(path: Path) -> bool:
-    """Whether the file says where its voxels lie, as pickles and NumPy's archives do not."""
-    return path.suffix not in (".pkl", ".npz")
+    # Label maps of which images are made lie each in a frame of its own: voxels are compared, as those of bare arrays.
+    file = opened(subject)
+    return np.eye(4) if file is None or subject.seed is not None else file.affine

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dilformer_jax.data.protocols import Task
+from dilformer_jax.io.bare import is_bare
 from dilformer_jax.io.geometry import orientation, spacing
 from dilformer_jax.io.volumes import normalise
 from dilformer_jax.registration import evaluation
@@ -66,7 +67,7 @@ def _pairs(folder: Path, task: Task, method: Method, rows: Sequence[Mapping[str,
             fixed_labels=_kept(case.fixed_labels, task.labels),
             moved_labels=None if moving_labels is None else _kept(warp_labels(moving_labels, u), task.labels),
             spacing=spacing(case.fixed.affine),
-            orientation=orientation(case.fixed.affine) if evaluation.has_header(case.fixed.path) else "",
+            orientation="" if is_bare(case.fixed.path) else orientation(case.fixed.affine),
         )
         figures.save(folder / f"{rank}.png", figure)
         score = f"Dice {rows[k]['dice_before']:.4f} -> {rows[k]['dice']:.4f}" if scored else ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dilformer_jax.data.sources import Pair
+from dilformer_jax.data.subjects import Pair
 from dilformer_jax.io import itk, transform_files
 from dilformer_jax.io.volumes import Volume, write_image, write_labels
 from dilformer_jax.registration import batch

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from dilformer_jax.data.pipeline import check_extent
 from dilformer_jax.data.preprocessing import decode_classes, decode_image
-from dilformer_jax.data.sources import Pair
+from dilformer_jax.data.subjects import Pair
 from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.ops import slabs
 from dilformer_jax.ops.slabs import Slabs

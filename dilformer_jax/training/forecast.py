@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from dilformer_jax import models
-from dilformer_jax.data import pipeline, sources
+from dilformer_jax.data import pipeline, subjects
 from dilformer_jax.data.preprocessing import downsampled_shape, resolved
+from dilformer_jax.data.sources import DATASETS
+from dilformer_jax.data.subjects import Pair
 from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.training import feeding, parallel, state
 
@@ -46,8 +48,8 @@ def images(config: ConfigDict, shape: Sequence[int] | None = None) -> tuple[Shap
     settings = resolved(data.preprocessing.to_dict())
     box = settings["crop_to"] or shape or data.options.get("shape")
     there = Path(data.directory).exists()
-    if data.name not in sources.DATASETS:
-        raise BadInput(f"config.data.name is {data.name!r}; give one of {', '.join(sources.DATASETS)}.")
+    if data.name not in DATASETS:
+        raise BadInput(f"config.data.name is {data.name!r}; give one of {', '.join(DATASETS)}.")
     if box is None and not there:
         raise BadInput(
             f"data.directory {data.directory} does not exist, so that nothing says how large the images are; give it "
@@ -55,9 +57,9 @@ def images(config: ConfigDict, shape: Sequence[int] | None = None) -> tuple[Shap
         )
     # Phantoms would be made.
     if not there or data.name == "phantoms":
-        pairs: Sequence[sources.Pair] = ()
+        pairs: Sequence[Pair] = ()
     else:
-        pairs = sources.split(sources.DATASETS[data.name](Path(data.directory), **data.options.to_dict()), "train")
+        pairs = subjects.split(DATASETS[data.name](Path(data.directory), **data.options.to_dict()), "train")
     if box is None:
         grid = pipeline.common_shape(pairs, settings)
     else:

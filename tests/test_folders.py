@@ -1,0 +1,109 @@
+"""Data sets of one's own: which files of a folder belong together, and what a table of pairs says."""
+
+import numpy as np
+import pytest
+from brains import names, write
+
+from dilformer_jax.data.folders import folder, pairs_csv
+from dilformer_jax.io.volumes import BadInput
+
+
+def test_folder_pairs_images_with_label_maps_by_their_suffixes(tmp_path):
+    for name in ("a_t1.nii.gz", "b_T1w.nii", "c.nii.gz", "d.nii.gz", "e.nii.gz"):
+        write(tmp_path / name)
+    for name, label in (("a_seg.nii.gz", 2), ("b_labels.nii.gz", 3), ("e_seg.nii", 300)):
+        write(tmp_path / name, (0, label), np.int16)
+    (tmp_path / "._d.nii.gz").write_text("left by a Mac")
+    (tmp_path / "notes.txt").write_text("")
+    dataset = folder(tmp_path)
+    found = {s.name: (s.image.name, s.labels and s.labels.name) for s in (pair.fixed for pair in dataset.train)}
+    assert found.pop("c") == ("c.nii.gz", None)
+    assert found == {"a": ("a_t1.nii.gz", "a_seg.nii.gz"), "b": ("b_T1w.nii", "b_labels.nii.gz")}
+    assert names(dataset.validation) == ["d_to_e", "e_to_d"]
+    assert dataset.labels == (2, 3, 300)
+    assert folder(tmp_path) == dataset
+
+
+def test_folder_without_labels_and_without_validation(tmp_path):
+    for name in "abcd":
+        write(tmp_path / f"{name}.nii.gz")
+    dataset = folder(tmp_path, validation=0)
+    assert (len(dataset.train), dataset.validation, dataset.labels) == (12, (), ())
+    with pytest.raises(BadInput, match="4 images, 3 for validation"):
+        folder(tmp_path, validation=0.75)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (("a_t1.nii.gz",), "has 1 file, 1 of them NIfTI images"),
+        (("a_t1.nii.gz", "a.nii.gz", "b.nii.gz"), r"a\.nii\.gz and a_t1\.nii\.gz are both images of a"),
+        (("a_t1.nii.gz", "b.nii.gz", "x_seg.nii.gz"), r"x_seg\.nii\.gz is a label map without an image"),
+    ],
+)
+def test_folder_refuses_what_it_cannot_pair(tmp_path, files, said):
+    for name in files:
+        write(tmp_path / name)
+    with pytest.raises(BadInput, match=said):
+        folder(tmp_path)
+
+
+def test_pairs_csv_starts_at_its_own_folder(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    for subject in ("sub-1", "sub-2"):
+        (tmp_path / "brains" / subject).mkdir(parents=True)
+        write(tmp_path / "brains" / subject / "t1.nii.gz")
+    elsewhere.mkdir()
+    absolute = write(elsewhere / "x_seg.nii.gz", (0, 5))
+    table = tmp_path / "pairs.csv"
+    # As Excel saves it: with a byte order mark and CR LF.
+    table.write_bytes(
+        "\ufefffixed, moving,fixed_labels,moving_labels\r\n"
+        f"brains/sub-1/t1.nii.gz, brains/sub-2/t1.nii.gz,{absolute},brains/sub-1/t1.nii.gz\r\n"
+        "brains/sub-2/t1.nii.gz,brains/sub-1/t1.nii.gz,,\r\n".encode()
+    )
+    dataset = pairs_csv(table)
+    assert dataset.train == dataset.validation == dataset.test
+    assert names(dataset.test) == ["sub-2-t1.nii.gz_to_sub-1-t1.nii.gz", "sub-1-t1.nii.gz_to_sub-2-t1.nii.gz"]
+    first, second = dataset.test
+    assert first.fixed.image == tmp_path / "brains/sub-1/t1.nii.gz" and first.fixed.labels == absolute
+    assert second.fixed.labels is None and dataset.labels == (5, 7, 9)
+
+
+def test_pairs_csv_may_say_which_split_a_row_is_in(tmp_path):
+    paths = {name: write(tmp_path / f"{name}.nii.gz") for name in "abcd"}
+    table = tmp_path / "pairs.csv"
+    rows = ("a,b,train", "b,a,train", "c,d,validation", "d,c, test ")
+    table.write_text("\n".join(["fixed,moving,split", *(f"{row[0]}.nii.gz,{row[2]}.nii.gz,{row[4:]}" for row in rows)]))
+    dataset = pairs_csv(table)
+    assert names(dataset.train) == ["b_to_a", "a_to_b"]
+    assert names(dataset.validation) == ["d_to_c"] and names(dataset.test) == ["c_to_d"]
+    assert dataset.test[0].moving.image == paths["c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fixed,moving\na.nii,b.nii\na.nii,gone.nii\n", r"row 3: moving .*gone\.nii does not exist"),
+        ("fixed,moving\n,b.nii\n", "row 2: fixed is empty"),
+        ("fixed,moving\na.nii\n", "row 2: moving is empty"),
+        ("fixed,moving,fixed_labels,moving_labels\na.nii,b.nii,a.nii,\n", "row 2 has only one of the two label maps"),
+        ("target,source\na.nii,b.nii\n", "has the columns target, source; it needs fixed and moving"),
+        ("fixed,moving,split\na.nii,b.nii,train\na.nii,b.nii,val\n", "row 3: split is 'val'; write one of train, val"),
+        ("fixed,moving,split\na.nii,b.nii\n", "row 2: split is ''"),
+        ("fixed,moving\n", "no rows"),
+        ("", r"columns \(none\)"),
+        (b"\x1f\x8b\xff\x00", "not a text table"),
+    ],
+)
+def test_pairs_csv_names_the_row(tmp_path, text, said):
+    write(tmp_path / "a.nii")
+    write(tmp_path / "b.nii")
+    table = tmp_path / "pairs.csv"
+    table.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BadInput, match=f"pairs.csv .*{said}"):
+        pairs_csv(table)
+    with pytest.raises(BadInput, match=r"nowhere\.csv does not exist"):
+        pairs_csv(tmp_path / "nowhere.csv")
+    with pytest.raises(BadInput, match=f"{tmp_path} is a folder; give a CSV file"):
+        pairs_csv(tmp_path)
