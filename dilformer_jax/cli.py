@@ -94,6 +94,17 @@ def reading(options: argparse.Namespace) -> Reading:
     return Reading(options.prefer, options.assume_affine, options.frame, options.nan)
 
 
+def label_list(text: str) -> tuple[int, ...]:
+    """'21-34,41' as label ids; argparse says what of it is none."""
+    labels: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of labels such as 21-34,41 (at {part.strip()!r})")
+        labels.extend(range(int(first), int(last or first) + 1))
+    return tuple(dict.fromkeys(labels))
+
+
 def run(main: Callable[[ConfigDict, Path], None], argv: Sequence[str] | None = None) -> None:
     """Runs main(config, workdir) on `--config FILE.py[:ARGUMENT] --workdir DIR --config.key=value ...`.
 

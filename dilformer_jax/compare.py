@@ -5,10 +5,17 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from dilformer_jax import cli
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.volumes import BadInput
+
+if TYPE_CHECKING:
+    from dilformer_jax.reporting.comparison import Scored
+    from dilformer_jax.reporting.results import Common
 
 PICTURE = "comparison.png"
 
@@ -26,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
 
     runs = [results.read(path) for path in options.runs]
     names = _names([run.method for run in runs], [run.path.absolute().parent.name for run in runs], options.names)
-    within = results.common(runs, cli.label_list(options.labels) if options.labels else ())
+    within = results.common(runs, options.labels)
     metrics = _metrics(options.metrics, results.metrics(runs), comparison.SHOWN)
     notes = [*within.notes, *results.check_definitions(runs, metrics)]
 
@@ -46,7 +53,8 @@ def run(options: argparse.Namespace) -> None:
     notes += comparison.missing(rows)
     page = Page(within, rows, metrics, records, notes)
     with staged(options.output, (PICTURE,)) as folder:
-        tables.write_text(folder / "comparison.md", comparison_tables.markdown(page))
+        picture = _picture(folder / PICTURE, rows, within)
+        tables.write_text(folder / "comparison.md", comparison_tables.markdown(page, PICTURE if picture else None))
         tables.write_text(folder / "comparison.tex", comparison_tables.latex(page))
         costs = {row.name: {"seconds": row.seconds, "device": row.device, "parameters": row.parameters} for row in rows}
         tables.write_text(
@@ -64,19 +72,83 @@ def run(options: argparse.Namespace) -> None:
             "units_drawn": design.sizes,
             "notes": notes,
             "methods": [
-                {"name": row.name, **costs[row.name], "dice_per_label": comparison.label_means(row, within)} for row in rows
+                {"name": row.name, **costs[row.name], "dice_per_label": comparison.label_means(row, within)}
+                for row in rows
             ],
             "statistics": records,
         }
         tables.write_json(folder / "comparison.json", found)
-        if importlib.util.find_spec("matplotlib"):
-            from dilformer_jax.reporting import figures, score_figures
-
-            labels = [within.label_names.get(label, str(label)) for label in within.labels]
-            shown = [row for row in rows if len(row.values["dice"]) and any(row.values["dice"] == row.values["dice"])]
-            if shown:
-                figures.save(folder / PICTURE, score_figures.comparison(shown, labels))
-        else:
-            print("No picture: matplotlib is not installed (pip install 'dilformer-jax[plot]').", file=sys.stderr)
     print(comparison_tables.plain(page))
     print(f"Written to {options.output}")
+
+
+def _picture(path: Path, rows: "Sequence[Scored]", within: "Common") -> bool:
+    """Draws the figure, where there is Dice to draw and Matplotlib to draw it; says whether it did."""
+    shown = [row for row in rows if np.isfinite(row.values["dice"]).any()]
+    if not shown:
+        return False
+    if not importlib.util.find_spec("matplotlib"):
+        print("No picture: matplotlib is not installed (pip install 'dilformer-jax[plot]').", file=sys.stderr)
+        return False
+    from dilformer_jax.reporting import figures, score_figures
+
+    structures = [within.label_names.get(label, str(label)) for label in within.labels]
+    figures.save(path, score_figures.comparison(shown, structures))
+    return True
+
+
+def _parser() -> cli.Arguments:
+    parser = cli.Arguments(prog="dilformer compare", description=__doc__)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a folder that `evaluate` wrote, its results.json, or a training run that has one evaluation",
+    )
+    parser.add_argument("--names", type=_listed, default=(), metavar="A,B,...", help="what to call the runs, in order")
+    parser.add_argument(
+        "--metrics", type=_listed, default=(), metavar="dice,hd95,...", help="measures to compare, keys of results.json"
+    )
+    parser.add_argument(
+        "--reference", metavar="NAME", help="method that tests are against (that of the best mean Dice)"
+    )
+    parser.add_argument("--labels", type=cli.label_list, default=(), metavar="21-34,41", help="structures, else all")
+    parser.add_argument("--resamples", type=_resamples, default=10_000, metavar="N", help="of the bootstrap (10000)")
+    parser.add_argument("--output", type=Path, default=Path("comparison"), help="folder for the tables (comparison)")
+    return parser
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _resamples(text: str) -> int:
+    if not text.isdecimal() or int(text) < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of resamples; 100 or more are needed")
+    return int(text)
+
+
+def _names(methods: Sequence[str], folders: Sequence[str], given: Sequence[str]) -> list[str]:
+    """A name for each run: as given, else the method's, with the folder where several runs are of one method."""
+    if given and len(given) != len(methods):
+        raise BadInput(f"--names has {len(given)} names ({', '.join(given)}), but there are {len(methods)} runs.")
+    named = [f"{m} ({folder})" if methods.count(m) > 1 else m for m, folder in zip(methods, folders, strict=True)]
+    return list(given or named)
+
+
+def _metrics(asked: Sequence[str], known: Sequence[str], usual: Sequence[str]) -> tuple[str, ...]:
+    """The measures to compare: those asked for, else the usual ones that any run has."""
+    for metric in asked:
+        if metric not in known:
+            raise BadInput(
+                f"--metrics {metric} is in none of the runs, which have {', '.join(known) or 'no measures'}."
+            )
+    found = tuple(asked) or tuple(metric for metric in usual if metric in known)
+    if not found:
+        raise BadInput(f"The runs have none of {', '.join(usual)}; give --metrics, of {', '.join(known)}.")
+    return tuple(dict.fromkeys(found))
+
+
+if __name__ == "__main__":
+    main()

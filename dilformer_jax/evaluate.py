@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dilformer_jax.registration.evaluation import Method
 
 # What depends on the number of pairs and on their labels.
-PICTURES = ("first.png", "best.png", "median.png", "worst.png", "dice_per_label.png")
+PICTURES = ("first.png", "best.png", "median.png", "worst.png", "dice_per_label.png", "dice_folding.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,7 +94,9 @@ def _parser() -> cli.Arguments:
     pairs.add_argument("--protocol", metavar="DATASET-SPLIT", help="e.g. lpba40-validation; needs --data")
     pairs.add_argument("--pairs", type=Path, metavar="CSV", help="its pairs, or those whose split is test")
     parser.add_argument("--data", type=Path, help="folder of the data set")
-    parser.add_argument("--labels", type=_label_list, metavar="21-34,41", help="labels to score, else the data set's")
+    parser.add_argument(
+        "--labels", type=cli.label_list, metavar="21-34,41", help="labels to score, else the data set's"
+    )
     parser.add_argument(
         "--output", type=Path, help="folder for the results (WORKDIR/evaluation, with what was asked for in its name)"
     )
@@ -108,19 +110,8 @@ def _folder(options: argparse.Namespace) -> str:
     return "-".join(part for part in ("evaluation", options.method, pairs, refined) if part)
 
 
-def _label_list(text: str) -> tuple[int, ...]:
-    """'21-34,41' as label ids."""
-    labels: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of labels such as 21-34,41 (at {part.strip()!r})")
-        labels.extend(range(int(first), int(last or first) + 1))
-    return tuple(dict.fromkeys(labels))
-
-
 def _ranges(labels: Sequence[int]) -> str:
-    """Label ids as they are given on the command line: the inverse of `_label_list`."""
+    """Label ids as they are given on the command line: the inverse of `cli.label_list`."""
     runs: list[list[int]] = []
     for label in sorted(labels):
         if runs and label == runs[-1][1] + 1:
@@ -191,7 +182,7 @@ def _pictures(
     """The worst, the median and the best pair, and Dice by structure, as files and as sections of the report."""
     from dilformer_jax.registration import evaluation
     from dilformer_jax.registration.pipeline import warp_image, warp_labels
-    from dilformer_jax.reporting import figures
+    from dilformer_jax.reporting import figures, score_figures
 
     scored = sorted(
         (k for k, row in enumerate(rows) if np.isfinite(row.get("dice", np.nan))), key=lambda k: rows[k]["dice"]
@@ -226,9 +217,12 @@ def _pictures(
         )
         if len(scored) == 1:
             before, after = before[0], after[0]
-        figure = figures.dice_per_label([str(label) for label in labels], before, after)
+        figure = score_figures.dice_per_label([str(label) for label in labels], before, after)
         figures.save(folder / "dice_per_label.png", figure)
         sections.append(html.Section("Dice of each structure", figure=figures.png(figure)))
+        figure = score_figures.scatter(rows)
+        figures.save(folder / "dice_folding.png", figure)
+        sections.append(html.Section("Dice against folding, a dot for each pair", figure=figures.png(figure)))
     return sections
 
 

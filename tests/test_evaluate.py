@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toys import affine, image, pairs_file, write
 
-from dilformer_jax import evaluate, export
+from dilformer_jax import cli, evaluate, export
 from dilformer_jax.io.volumes import read_image, read_labels
 from dilformer_jax.models import bundle
 from dilformer_jax.registration import pipeline
@@ -129,7 +129,7 @@ def test_what_cannot_be_evaluated(inputs: Path, tmp_path: Path, capsys, monkeypa
 
 
 def test_label_lists_there_and_back():
-    assert evaluate._label_list("21-24, 41,22") == (21, 22, 23, 24, 41)
+    assert cli.label_list("21-24, 41,22") == (21, 22, 23, 24, 41)
     assert evaluate._ranges((41, 21, 22, 23, 61, 62)) == "21-23,41,61-62"
 
 

@@ -140,6 +140,21 @@ def ranks(records: Sequence[Mapping[str, Any]], rows: Sequence[Scored]) -> dict[
     return found
 
 
+def label_means(row: Scored, within: Common) -> dict[int, float]:
+    """{label: mean Dice over the pairs that have a value}; NaN where none has."""
+    return {label: _mean(values) for label, values in zip(within.labels, row.dice.T, strict=True)}
+
+
+def missing(rows: Sequence[Scored]) -> list[str]:
+    """Sentences on rows that stand there without values, and on how they would get them."""
+    return [
+        f"{row.name} was not evaluated: `dilformer evaluate --method affine` with the protocol and data of these runs, "
+        "given to this command as another run, fills its row."
+        for row in rows
+        if not any(np.isfinite(values).any() for values in row.values.values())
+    ]
+
+
 def _kind(run: Run) -> str:
     """identity, affine or method; what was refined after either is a method."""
     if "refinement" in run.method:

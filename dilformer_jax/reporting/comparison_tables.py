@@ -44,7 +44,9 @@ def explained(within: Common, design: Design, resamples: int, tested: int) -> li
     held = held_brains(within)
     drawn = " and ".join(str(size) for size in design.sizes)
     if not design.units:
-        drawing = "There are no intervals: they are made by drawing brains anew, and these pairs have one or two brains."
+        drawing = (
+            "There are no intervals: they are made by drawing brains anew, and these pairs have one or two brains."
+        )
     else:
         kinds = {1: "", 2: " (fixed and moving ones, each by themselves)"}[len(design.sizes)]
         stays = f"; {', '.join(held)}, in every pair, stays" if held else ""
@@ -80,14 +82,16 @@ def held_brains(within: Common) -> list[str]:
     return sorted(set.intersection(*({fixed, moving} for fixed, moving, _ in within.pairs)))
 
 
-def markdown(page: Page) -> str:
-    """The page, with the best mean of each metric in bold and a reference to the figure beside it."""
+def markdown(page: Page, picture: str | None = None) -> str:
+    """The page, with the best mean of each metric in bold, and the picture of this name where there is one."""
     method_rows, columns = _methods(page, ("**", "**"))
     lines = [f"# {page.title}\n", f"{_counts(page)}\n", tables.markdown(method_rows, columns)]
     tests = _tests(page)
     if tests:
         lines += [f"## Differences to {page.reference}\n", tables.markdown(tests, TESTS)]
-    lines += ["".join(f"* {note}\n" for note in page.notes), "![Dice of each method](comparison.png)\n"]
+    lines.append("".join(f"* {note}\n" for note in page.notes))
+    if picture:
+        lines.append(f"![Dice of each method]({picture})\n")
     return "\n".join(lines)
 
 
@@ -145,7 +149,10 @@ def latex(page: Page) -> str:
                 f"${latex_number(record['difference'], _spec(metric, '+'))}$",
                 _latex_ends(record["difference_low"], record["difference_high"], metric, "+") or "--",
                 "$" + p_value(record["p_holm"]) + "$",
-                *(f"${record[key]:.2f}$" if math.isfinite(record[key]) else "--" for key in ("rank_biserial", "cohen_dz")),
+                *(
+                    f"${record[key]:.2f}$" if math.isfinite(record[key]) else "--"
+                    for key in ("rank_biserial", "cohen_dz")
+                ),
             ]
             lines.append(" & ".join(cells) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
@@ -188,10 +195,16 @@ def _tests(page: Page) -> list[dict[str, Any]]:
     for record in page.records:
         if record["n_paired"]:
             metric = record["metric"]
-            cells = [_heading(metric, 0, arrow=False), record["method"], format(record["difference"], _spec(metric, "+"))]
+            cells = [
+                _heading(metric, 0, arrow=False),
+                record["method"],
+                format(record["difference"], _spec(metric, "+")),
+            ]
             cells += [_ends(record["difference_low"], record["difference_high"], metric, "+") or "–"]
             cells += [p_value(record["p"]), p_value(record["p_holm"])]
-            cells += [f"{record[key]:.2f}" if math.isfinite(record[key]) else "–" for key in ("rank_biserial", "cohen_dz")]
+            cells += [
+                f"{record[key]:.2f}" if math.isfinite(record[key]) else "–" for key in ("rank_biserial", "cohen_dz")
+            ]
             found.append(dict(zip(TESTS, [*cells, record["n_paired"]], strict=True)))
     return found
 

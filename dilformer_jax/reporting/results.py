@@ -93,7 +93,9 @@ def common(runs: Sequence[Run], labels: Sequence[int] = ()) -> Common:
             )
     pairs = tuple(key for key in first.pairs if all(key in run.pairs for run in runs))
     if not pairs:
-        raise BadInput(f"{' and '.join(str(run.path) for run in runs)} have no pair in common; evaluate the same pairs.")
+        raise BadInput(
+            f"{' and '.join(str(run.path) for run in runs)} have no pair in common; evaluate the same pairs."
+        )
     numbers = [len(run.pairs) for run in runs]
     if set(numbers) != {len(pairs)}:
         notes.append(
