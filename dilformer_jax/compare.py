@@ -37,20 +37,20 @@ def run(options: argparse.Namespace) -> None:
     metrics = _metrics(options.metrics, results.metrics(runs), comparison.SHOWN)
     notes = [*within.notes, *results.check_definitions(runs, metrics)]
 
-    measured = tuple(dict.fromkeys([*metrics, "dice", "folding_percent"]))  # the last two for the figure
-    rows = comparison.scored(runs, names, measured, within)
+    rows = comparison.scored(runs, names, metrics, within)
     known = [row.name for row in rows]
     for name in known:
         if known.count(name) > 1:
             raise BadInput(f"Two methods are called {name!r}; give each run a name of its own by --names.")
     if options.reference not in (None, *known):
         raise BadInput(f"--reference {options.reference!r} is none of the methods ({'; '.join(known)}); give one.")
-    against = rows[known.index(options.reference)] if options.reference else comparison.reference(rows)
+    against = rows[known.index(options.reference)] if options.reference else comparison.reference(rows, metrics)
 
-    design = statistics.design(*([pair[role] for pair in within.pairs] for role in (0, 1)))
+    fixed, moving, _ = zip(*within.pairs, strict=True)
+    design = statistics.design(fixed, moving)
     records = comparison.compared(rows, metrics, against, design, options.resamples)
     notes += comparison_tables.explained(within, design, options.resamples, any(row["n_paired"] for row in records))
-    notes += comparison.missing(rows)
+    notes += comparison.missing(rows, within)
     page = Page(within, rows, metrics, records, notes)
     with staged(options.output, (PICTURE,)) as folder:
         picture = _picture(folder / PICTURE, rows, within)
@@ -71,10 +71,8 @@ def run(options: argparse.Namespace) -> None:
             "level": statistics.LEVEL,
             "units_drawn": design.sizes,
             "notes": notes,
-            "methods": [
-                {"name": row.name, **costs[row.name], "dice_per_label": comparison.label_means(row, within)}
-                for row in rows
-            ],
+            "methods": [{"name": row.name, **costs[row.name]} for row in rows],
+            "dice_per_label": {row.name: comparison.label_means(row, within) for row in rows if "dice" in metrics},
             "statistics": records,
         }
         tables.write_json(folder / "comparison.json", found)
@@ -83,8 +81,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _picture(path: Path, rows: "Sequence[Scored]", within: "Common") -> bool:
-    """Draws the figure, where there is Dice to draw and Matplotlib to draw it; says whether it did."""
-    shown = [row for row in rows if np.isfinite(row.values["dice"]).any()]
+    """Draws the figure, where Dice is compared and Matplotlib is there to draw it; says whether it did."""
+    shown = [row for row in rows if np.isfinite(row.values.get("dice", np.nan)).any()]
     if not shown:
         return False
     if not importlib.util.find_spec("matplotlib"):

@@ -21,8 +21,8 @@ METRICS = {
     "hd95_max": ("HD95 (max)", "mm", -1, ".2f"),
     "assd": ("ASSD", "mm", -1, ".2f"),
     "nsd": ("NSD", "", 1, ".3f"),
-    "folding_percent": ("folding", "%", -1, ".2g"),
-    "folding_mask_percent": ("folding in the mask", "%", -1, ".2g"),
+    "folding_percent": ("Folding", "%", -1, ".2g"),
+    "folding_mask_percent": ("Folding in the mask", "%", -1, ".2g"),
     "ndv_percent": ("NDV", "%", -1, ".2g"),
     "sdlogj": ("SDlogJ", "", -1, ".3f"),
 }
@@ -67,12 +67,17 @@ def scored(runs: Sequence[Run], names: Sequence[str], metrics: Sequence[str], wi
     return chosen + [row for row, kind in zip(rows, kinds, strict=True) if kind == "method"]
 
 
-def reference(rows: Sequence[Scored]) -> Scored:
-    """The row of the best mean Dice; the last that has values at all where none has Dice."""
-    means = [_mean(row.values["dice"]) if "dice" in row.values else math.nan for row in rows]
-    if np.isfinite(means).any():
-        return rows[int(np.nanargmax(means))]
-    return [row for row in rows if any(np.isfinite(values).any() for values in row.values.values())][-1]
+def reference(rows: Sequence[Scored], metrics: Sequence[str]) -> Scored:
+    """The row of the best mean Dice, or, where that is not compared, of the first metric that has a better end.
+
+    What does not deform does not win by its regularity.
+    """
+    for metric in sorted((metric for metric in metrics if metric in METRICS), key=lambda metric: metric != "dice"):
+        running = [row for row in rows if not (row.baseline and metric in REGULARITY)]
+        means = [METRICS[metric][2] * _mean(row.values[metric]) for row in running]
+        if np.isfinite(means).any():
+            return running[int(np.nanargmax(means))]
+    return rows[-1]
 
 
 def compared(
@@ -89,7 +94,7 @@ def compared(
         nothing if row is against else row.values[metric] - against.values[metric] for metric in metrics for row in rows
     ]
     drawn = statistics.resampled_means(np.stack([*columns, *differences], axis=1), design, resamples)
-    of_means, of_differences = np.split(statistics.interval(drawn, design.units), 2, axis=1)
+    of_means, of_differences = np.split(statistics.interval(drawn, design), 2, axis=1)
     p = np.array([statistics.wilcoxon(difference) for difference in differences]).reshape(len(metrics), len(rows))
     adjusted = np.concatenate([statistics.holm(tests) for tests in p])
     records = []
@@ -123,7 +128,7 @@ def ranks(records: Sequence[Mapping[str, Any]], rows: Sequence[Scored]) -> dict[
     What does not deform has no part in measures of regularity. Equal means share a rank.
     """
     plain = {row.name for row in rows if row.baseline}
-    found = {}
+    found: dict[tuple[str, str], int] = {}
     for metric in dict.fromkeys(record["metric"] for record in records):
         if metric not in METRICS:
             continue
@@ -145,11 +150,14 @@ def label_means(row: Scored, within: Common) -> dict[int, float]:
     return {label: _mean(values) for label, values in zip(within.labels, row.dice.T, strict=True)}
 
 
-def missing(rows: Sequence[Scored]) -> list[str]:
+def missing(rows: Sequence[Scored], within: Common) -> list[str]:
     """Sentences on rows that stand there without values, and on how they would get them."""
+    pairs = (
+        f"--pairs {within.protocol}" if within.protocol.endswith(".csv") else f"--protocol {within.protocol} --data DIR"
+    )
     return [
-        f"{row.name} was not evaluated: `dilformer evaluate --method affine` with the protocol and data of these runs, "
-        "given to this command as another run, fills its row."
+        f"{row.name} was not evaluated: `dilformer evaluate --method affine {pairs} --output FOLDER`, and this command "
+        "with FOLDER as another run, fill its row."
         for row in rows
         if not any(np.isfinite(values).any() for values in row.values.values())
     ]

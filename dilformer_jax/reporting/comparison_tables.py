@@ -54,10 +54,10 @@ def explained(within: Common, design: Design, resamples: int, tested: int) -> li
             f"95 % intervals are by bootstrap over subjects: {drawn} brains{kinds} are drawn with replacement, "
             f"{resamples} times (seed {SEED}), and a pair counts as often as both of its brains were drawn (pigeonhole "
             f"bootstrap, Owen 2007; Davezies et al. 2021){stays}. Percentiles are expanded for few brains (Hesterberg "
-            "2015)."
+            "2015; `reporting/statistics.py` has the formula)."
         )
-        if design.units < 10:
-            drawing += f" With {design.units} of them they are rough."
+        if design.units < 6:
+            drawing += f" With {design.units} of them the intervals are too narrow."
     found = [
         "Values are means ± population standard deviations over the pairs that have a value [95 % interval of the "
         "mean]; n is given where a pair has none.",
@@ -65,9 +65,9 @@ def explained(within: Common, design: Design, resamples: int, tested: int) -> li
     ]
     if tested:
         found.append(
-            "p is of Wilcoxon's signed-rank test over pairs, two-sided; Holm's correction is over the methods, for each "
-            "metric by itself. r is the matched-pairs rank-biserial correlation, dz the mean of the differences over "
-            "their standard deviation."
+            "p is of Wilcoxon's signed-rank test over pairs, two-sided; Holm's correction is over the methods, for "
+            "each metric by itself. r is the matched-pairs rank-biserial correlation, dz the mean of the differences "
+            "over their standard deviation."
         )
         if design.units < len(within.pairs):
             found.append(

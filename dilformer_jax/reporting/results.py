@@ -1,4 +1,4 @@
-"""Results that `evaluate` wrote, read back, and brought to the pairs and structures that several runs have in common."""
+"""Results that `evaluate` wrote, read back, and what several of them have in common."""
 
 import json
 import math
@@ -121,7 +121,7 @@ def common(runs: Sequence[Run], labels: Sequence[int] = ()) -> Common:
 
 
 def check_definitions(runs: Sequence[Run], metrics: Sequence[str]) -> tuple[str, ...]:
-    """Sentences on what a run leaves undefined. Raises BadInput where two runs define one of the metrics differently."""
+    """Sentences on what a run leaves undefined. Raises BadInput where two runs define a metric differently."""
     notes = []
     for metric in metrics:
         for key in dict.fromkeys(key for run in runs for key in run.definition if _concerns(key, metric)):

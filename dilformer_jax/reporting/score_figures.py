@@ -111,7 +111,7 @@ def scatter(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def comparison(rows: Sequence[Scored], structures: Sequence[str]) -> "Figure":
-    """Dice of several methods: boxes over the pairs, Dice against folding, and each structure's mean.
+    """Dice of several methods: boxes over the pairs, Dice against folding if that is known, each structure's mean.
 
     A method has one colour and one shape of dot throughout, its name at its box, and its mean at the right of it.
     Structures are ranked by the method of the best mean Dice. Every row has Dice of at least one pair. Raises
@@ -122,14 +122,18 @@ def comparison(rows: Sequence[Scored], structures: Sequence[str]) -> "Figure":
     if any(row.dice.shape[1] != len(structures) for row in rows):
         raise ValueError(f"{len(structures)} structures do not go with Dice of {[row.dice.shape for row in rows]}")
     looks = _looks(rows)
-    tall = 0.75 + 0.36 * len(rows)
-    height = max(tall + 2.6, 0.9 + 0.17 * len(structures))
+    folding = any("folding_percent" in row.values for row in rows)
+    tall = 0.7 + 0.4 * len(rows)
+    height = max(tall + 2.6 * folding, 0.9 + 0.17 * len(structures))
     figure = Figure(figsize=(10.5 if structures else 5.2, height), layout="constrained")
-    grid = figure.add_gridspec(2, 2 if structures else 1, height_ratios=(tall, max(height - tall, 2.6)))
-    # Boxes take what the methods need; the rest of the column, up to a square, is the scatter's.
-    boxes, dots = (figure.add_subplot(grid[k, 0]) for k in (0, 1))
-    _boxes(boxes, rows, looks)
-    _dots(dots, rows, looks)
+    # Boxes take what the methods need, and dots what is left of the column, but hardly more than a square.
+    scattered = min(height - tall, 5.2)
+    grid = figure.add_gridspec(
+        3, 2 if structures else 1, height_ratios=(tall, scattered + 1e-3, height - tall - scattered + 1e-3)
+    )
+    _boxes(figure.add_subplot(grid[0, 0]), rows, looks)
+    if folding:
+        _dots(figure.add_subplot(grid[1, 0]), rows, looks)
     if structures:
         _structures(figure.add_subplot(grid[:, 1]), rows, looks, structures)
     return figure
@@ -178,7 +182,7 @@ def _dots(ax: "Axes", rows: Sequence[Scored], looks: Sequence[Mapping[str, Any]]
     for row, look in zip(rows, looks, strict=True):
         folding = row.values["folding_percent"]
         seen.append(folding[np.isfinite(folding) & np.isfinite(row.values["dice"])])
-        ax.scatter(folding, row.values["dice"], s=20, alpha=0.75, linewidths=0, **look)
+        ax.scatter(folding, row.values["dice"], s=20 if len(rows) < 6 else 12, alpha=0.75, linewidths=0, **look)
     _folding_axis(ax, np.concatenate(seen))
     plain(ax, "folded voxels [%]", "Dice of each pair")
 
@@ -196,7 +200,7 @@ def _structures(
     ends = [(np.nanmin(means[:, k]), np.nanmax(means[:, k])) for k in some]
     ax.hlines([places[list(ranks).index(k)] for k in some], *zip(*ends, strict=True), color="#d5dade", linewidth=1)
     for mean, look in zip(means, looks, strict=True):
-        ax.scatter(mean[ranks], places, s=22, linewidths=0, zorder=3, **look)
+        ax.scatter(mean[ranks], places, s=22 if len(rows) < 6 else 15, linewidths=0, zorder=3, **look)
     ax.set_yticks(places, [structures[k] for k in ranks])
     ax.set_ylim(-0.7, len(structures) - 0.3)
     plain(ax, "mean Dice of each structure", "")
@@ -211,10 +215,10 @@ def _folding_axis(ax: "Axes", percent: Float[np.ndarray, " values"]) -> None:
         ax.set_xlim(-0.05, 1)
         ax.set_xticks([0], ["0"])
         return
-    first, last = math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max()))
-    last = max(last, first + 1)
+    first = math.floor(math.log10(positive.min()))
+    last = max(math.floor(math.log10(1.5 * positive.max())), first + 1)
     ax.set_xscale("symlog", linthresh=10.0**first, linscale=0.6)
-    ax.set_xlim(-0.25 * 10.0**first, 1.5 * 10.0**last)
+    ax.set_xlim(-0.25 * 10.0**first, max(1.5 * positive.max(), 1.2 * 10.0 ** (first + 1)))
     decades = range(first, last + 1, max(1, math.ceil((last - first) / 5)))
     ticks = [0.0, *(10.0**decade for decade in decades)]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

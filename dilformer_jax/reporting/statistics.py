@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 SEED, RESAMPLES, LEVEL = 0, 10_000, 0.95
 CHUNK = 1000  # resamples whose weights are in memory at once
@@ -33,6 +33,11 @@ class Design:
         """How many brains the interval rests on: of the smaller set, where there are two; 0 where none varies."""
         return min(self.sizes, default=0)
 
+    @property
+    def both_roles(self) -> bool:
+        """Whether one set of brains is drawn for both sides of the pairs."""
+        return len(self.factors) == 2 and len(self.sizes) == 1 and bool((self.factors[1][1] >= 0).any())
+
 
 def design(fixed: Sequence[str], moving: Sequence[str]) -> Design:
     """How the brains of these pairs are drawn anew.
@@ -49,9 +54,10 @@ def design(fixed: Sequence[str], moving: Sequence[str]) -> Design:
     unit = {brain: kinds.index(frozenset(pairs)) if len(pairs) < len(fixed) else -1 for brain, pairs in where.items()}
     one, other = (np.array([unit[brain] for brain in brains], int) for brains in (fixed, moving))
     other = np.where(one == other, -1, other)
-    if set(unit[brain] for brain in fixed) & set(unit[brain] for brain in moving) - {-1}:
+    if ({unit[brain] for brain in fixed} & {unit[brain] for brain in moving}) - {-1}:
         return Design((len(kinds),), ((0, one), (0, other)))
-    sizes, factors = [], []
+    sizes: list[int] = []
+    factors: list[tuple[int, Int[np.ndarray, " pairs"]]] = []
     for units in (one, other):
         present, numbers = np.unique(units[units >= 0], return_inverse=True)
         if len(present):
@@ -92,19 +98,24 @@ def weights(of: Design, pairs: int, resamples: int, generator: np.random.Generat
 
 
 def interval(
-    resampled: Float[np.ndarray, "resamples columns"], units: int, level: float = LEVEL
+    resampled: Float[np.ndarray, "resamples columns"], of: Design, level: float = LEVEL
 ) -> Float[np.ndarray, "2 columns"]:
     """The lower and upper end of each column's interval; NaN with fewer than two units.
 
-    By percentiles, expanded for few units as Hesterberg (2015, "What teachers should know about the bootstrap")
-    proposes: plain ones are those of a normal distribution whose variance is too small by (units - 1) / units, these
-    reach as far as Student's t with units - 1 degrees of freedom.
+    By percentiles, expanded for n units as Hesterberg (2015, "What teachers should know about the bootstrap") proposes:
+    plain ones are those of a normal distribution whose variance is too small by (n - 1) / n, these reach as far as
+    Student's t with n - 1 degrees of freedom. Where one set of brains is drawn for both sides, a brain drawn w times
+    has no pairs with itself: it counts as w (n - w), which varies by (n - 2) / (n - 1) of what w does, and the reach
+    makes up for that too. With fewer than six brains no resample is far enough out, and the interval is too narrow.
     """
-    from scipy import stats  # takes long to import
+    from scipy import stats  # type: ignore[import-untyped]  # takes long to import
 
-    if units < 2:
+    n = of.units
+    if n < 2:
         return np.full((2, resampled.shape[1]), np.nan)
-    reach = np.sqrt(units / (units - 1)) * stats.t.ppf((1 + level) / 2, units - 1)
+    reach = np.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1)
+    if of.both_roles and n > 2:
+        reach *= (n - 1) / (n - 2)
     tail = float(stats.norm.sf(reach))
     ends = np.full((2, resampled.shape[1]), np.nan)
     known = np.isfinite(resampled)
