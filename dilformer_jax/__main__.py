@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "train": "trains a network, validates, and goes on by itself where it was stopped",
     "evaluate": "measures a trained network, or another method, over a set of pairs",
+    "compare": "makes one table and one figure of several methods that were evaluated",
     "register": "registers two images and writes the moved image and the transform",
     "apply": "carries images, labels and points through transforms that were saved",
     "export": "writes a trained network's parameters to files that need no JAX to read",

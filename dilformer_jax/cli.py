@@ -94,7 +94,7 @@ def reading(options: argparse.Namespace) -> Reading:
     return Reading(options.prefer, options.assume_affine, options.frame, options.nan)
 
 
-def labels(text: str) -> tuple[int, ...]:
+def label_list(text: str) -> tuple[int, ...]:
     """'21-34,41' as label ids, for `add_argument(type=...)`."""
     found: list[int] = []
     for part in text.split(","):

@@ -147,7 +147,7 @@ def _parser() -> cli.Arguments:
     parser.add_argument("--data", type=Path, help="folder of the data set, as it was distributed or prepared")
     parser.add_argument("--split", choices=SPLITS, help="by default the test split, where its subjects are there")
     parser.add_argument("--dataset", metavar="NAME", help="what --data holds, for --protocol clean (prepared)")
-    parser.add_argument("--labels", type=cli.labels, metavar="21-34,41", help="labels to score, else the data set's")
+    parser.add_argument("--labels", type=cli.label_list, metavar="21-34,41", help="labels to score, else the data set's")
     parser.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice nsd (1)")
     parser.add_argument(
         "--inverse-consistency", action="store_true", help="register each pair the other way round too, and compare"
@@ -169,7 +169,7 @@ def _folder(options: argparse.Namespace) -> str:
 
 
 def _ranges(labels: Sequence[int]) -> str:
-    """Label ids as they are given on the command line: the inverse of `cli.labels`."""
+    """Label ids as they are given on the command line: the inverse of `cli.label_list`."""
     runs: list[list[int]] = []
     for label in sorted(labels):
         if runs and label == runs[-1][1] + 1:

@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     from dilformer_jax import models
     from dilformer_jax.data import pipeline, subjects
-    from dilformer_jax.registration import evaluation
+    from dilformer_jax.registration import evaluation, methods
     from dilformer_jax.registration.predictor import Predictor, keywords
     from dilformer_jax.reporting import figures
     from dilformer_jax.training import checkpoint, feeding, parallel, state

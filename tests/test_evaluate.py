@@ -137,7 +137,7 @@ def test_what_cannot_be_evaluated(inputs: Path, tmp_path: Path, capsys, monkeypa
 
 
 def test_label_lists_there_and_back():
-    assert cli.labels("21-24, 41,22") == (21, 22, 23, 24, 41)
+    assert cli.label_list("21-24, 41,22") == (21, 22, 23, 24, 41)
     assert evaluate._ranges((41, 21, 22, 23, 61, 62)) == "21-23,41,61-62"
 
 

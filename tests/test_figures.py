@@ -211,28 +211,6 @@ def test_a_long_curve_is_smoothed_without_moving_it():
     np.testing.assert_allclose(smooth.get_ydata(), 3.0 - 0.001 * smooth.get_xdata())
 
 
-def test_dice_per_label_ranks_the_structures():
-    names = ["low", "absent", "high"]
-    before, after = np.array([0.2, np.nan, 0.5]), np.array([0.4, np.nan, 0.9])
-    ax = figures.dice_per_label(names, before, after).axes[0]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["absent", "low", "high"]
-    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in ax.containers}
-    assert widths == {"before": [0, 0.2, 0.5], "after": [0, 0.4, 0.9]}
-    above, below = (bars[0].get_y() for bars in ax.containers)
-    assert above > below
-
-
-def test_dice_per_label_of_several_pairs_is_boxes_around_their_medians():
-    before = np.array([[0.1, 0.5], [0.2, 0.6], [0.3, np.nan], [0.4, 0.8]])
-    after = before + 0.1
-    ax = figures.dice_per_label(["a", "b"], before, after).axes[0]
-    medians = sorted(line.get_xdata()[0] for line in ax.get_lines() if line.get_color() == "white")
-    np.testing.assert_allclose(medians, [0.25, 0.35, 0.6, 0.7])
-    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"before", "after"}
-    with pytest.raises(ValueError, match="3 names"):
-        figures.dice_per_label(["a", "b", "c"], before, after)
-
-
 def test_pictures_are_saved_in_one_piece_and_leave_no_state(tmp_path):
     figure = figures.training([{"step": 0, "dice": 0.5}])
     figures.save(tmp_path / "curves.png", figure, dpi=40)

@@ -27,7 +27,7 @@ COLUMNS = ("fixed", "moving", "moved", "difference before", "difference after", 
 IMAGES = ("fixed", "moving", "moved")
 # The low and high end of each axis of a volume in RAS order.
 ENDS = ("LR", "PA", "IS")
-BEFORE, AFTER = "#aab4be", "#0b6e99"
+AFTER = "#0b6e99"
 DIFFERENCE, RATIO = "RdBu_r", "PuOr_r"
 # Panels of the training figure: axis label, and the keys of metrics.jsonl that it shows.
 CURVES = (
@@ -161,56 +161,7 @@ def training(records: Sequence[Mapping[str, Any]]) -> "Figure":
             ax.set_ylim(bottom=0)
         if len(keys) > 1 or label == "Dice":
             ax.legend(frameon=False, fontsize=8, labelcolor=INK)
-        _plain(ax, "step", label)
-    return figure
-
-
-def dice_per_label(
-    names: Sequence[str], before: Float[np.ndarray, "*pairs labels"], after: Float[np.ndarray, "*pairs labels"]
-) -> "Figure":
-    """Dice of each structure before and after registration, best first: bars, or boxes over several pairs.
-
-    `before` and `after` are (labels,) or (pairs, labels); NaN, a structure that is absent, is left out.
-    Raises ValueError where they do not fit the names.
-    """
-    from matplotlib.figure import Figure
-
-    if before.shape != after.shape or before.ndim not in (1, 2) or before.shape[-1] != len(names):
-        raise ValueError(f"{len(names)} names do not go with Dice of shapes {before.shape} and {after.shape}")
-    columns = {
-        (when, colour): [values[np.isfinite(values)] for values in np.atleast_2d(scores).T]
-        for when, colour, scores in (("before", BEFORE, before), ("after", AFTER, after))
-    }
-    means = [values.mean() if len(values) else -1.0 for values in columns["after", AFTER]]
-    ranks = sorted(range(len(names)), key=lambda k: means[k])
-    figure = Figure(figsize=(6.4, 0.9 + 0.21 * len(names)), layout="constrained")
-    ax = figure.add_subplot()
-    places = np.arange(len(names))
-    for (when, colour), values in columns.items():
-        offset = 0.2 if when == "before" else -0.2  # before stands above after
-        ranked = [values[k] for k in ranks]
-        if before.ndim == 1:
-            ax.barh(places + offset, [v[0] if len(v) else 0 for v in ranked], 0.38, color=colour, label=when)
-        else:
-            boxes = ax.boxplot(
-                ranked,
-                positions=places + offset,
-                widths=0.3,
-                orientation="horizontal",
-                patch_artist=True,
-                boxprops={"facecolor": colour, "linewidth": 0},
-                medianprops={"color": "white", "linewidth": 1},
-                whiskerprops={"color": colour},
-                showcaps=False,
-                flierprops={"marker": ".", "markersize": 3, "markeredgecolor": colour},
-            )
-            boxes["boxes"][0].set_label(when)
-    ax.set_yticks(places, [names[k] for k in ranks], fontsize=8)
-    ax.set_ylim(-0.6, len(names) - 0.4)
-    ax.set_xlim(0, 1)
-    ax.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, labelcolor=INK)
-    _plain(ax, "Dice", "")
-    ax.grid(visible=False, axis="y")
+        plain(ax, "step", label)
     return figure
 
 
@@ -225,6 +176,17 @@ def save(path: Path, figure: "Figure", dpi: int = 150) -> None:
     """The figure as a PNG file, replaced in one piece. Raises BadInput where it cannot be written."""
     with replacing(path) as partial:
         partial.write_bytes(png(figure, dpi))
+
+
+def plain(ax: "Axes", x: str, y: str) -> None:
+    """Gives axes their labels and the look of all plots."""
+    ax.set_xlabel(x, fontsize=9, color=INK)
+    ax.set_ylabel(y, fontsize=9, color=INK)
+    ax.tick_params(labelsize=8, color=PALE, labelcolor=INK)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(PALE)
+    ax.grid(color="#e6e9ec", linewidth=0.8)
+    ax.set_axisbelow(True)
 
 
 def _turn(orientation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -250,13 +212,3 @@ def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     window = max(2, len(values) // 30)
     kernel = np.full(window, 1 / window)
     return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
-
-
-def _plain(ax: "Axes", x: str, y: str) -> None:
-    ax.set_xlabel(x, fontsize=9, color=INK)
-    ax.set_ylabel(y, fontsize=9, color=INK)
-    ax.tick_params(labelsize=8, color=PALE, labelcolor=INK)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(PALE)
-    ax.grid(color="#e6e9ec", linewidth=0.8)
-    ax.set_axisbelow(True)

@@ -92,6 +92,16 @@ def csv_rows(pairs: Sequence[Row], labels: Sequence[int]) -> list[dict[str, obje
     return rows
 
 
+def csv_text(rows: Sequence[Row]) -> str:
+    """The rows as CSV under the first one's keys; an empty cell where a value is not a finite number."""
+    page = io.StringIO()
+    writer = csv.DictWriter(page, fieldnames=list(rows[0]) if rows else ["pair"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()})
+    return page.getvalue()
+
+
 def write_results(
     output: Path,
     protocol: str,
@@ -133,7 +143,7 @@ def write_results(
         "pairs": list(pairs),
     }
     write_json(output / "results.json", results)
-    write_text(output / "results.csv", _csv(rows))
+    write_text(output / "results.csv", csv_text(rows))
     write_text(output / "summary.md", _summary_page(protocol, definition, summary, counts, rows, labels))
     return summary
 
@@ -200,15 +210,6 @@ def _per_label_columns(pairs: Iterable[Row]) -> list[str]:
 
 def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float | np.number) else math.nan
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    page = io.StringIO()
-    writer = csv.DictWriter(page, fieldnames=list(rows[0]) if rows else ["pair"], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: "" if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()})
-    return page.getvalue()
 
 
 def _strict(value: object) -> object:
