@@ -12,8 +12,8 @@ from orientations import DIRECTIONS, SKEW
 from scipy import ndimage
 
 from dilformer_jax.io.transforms import Grid
-from dilformer_jax.io.voxel_fields import displacement as in_voxels
 from dilformer_jax.io.volumes import BadInput
+from dilformer_jax.io.voxel_fields import displacement as in_voxels
 from dilformer_jax.registration import syn
 from dilformer_jax.registration.syn import Syn
 

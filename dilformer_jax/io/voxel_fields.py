@@ -33,9 +33,7 @@ def sidecar(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
-def displacement(
-    transform: Transform, fixed: Volume | Grid, moving: Volume | Grid
-) -> Float32[np.ndarray, "d h w 3"]:
+def displacement(transform: Transform, fixed: Volume | Grid, moving: Volume | Grid) -> Float32[np.ndarray, "d h w 3"]:
     """A transform as u on the fixed grid, moved[x] = moving[x + u[x]]: in voxels of the moving array, whatever its
     grid."""
     here, there = grid_of(fixed), grid_of(moving)

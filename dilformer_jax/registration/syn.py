@@ -17,8 +17,8 @@ from jaxtyping import Float32
 
 from dilformer_jax.io import itk
 from dilformer_jax.io.transforms import Grid, Step, Transform
-from dilformer_jax.io.voxel_fields import displacement as in_voxels
 from dilformer_jax.io.volumes import BadInput, normalise
+from dilformer_jax.io.voxel_fields import displacement as in_voxels
 
 METRICS = ("CC", "meansquares", "mattes")
 SEED = 1  # of the points that the affine alignment looks at; ANTS_RANDOM_SEED in the environment goes before it
@@ -108,7 +108,9 @@ def displacement(
                 total_sigma=how.total_smoothing,
             )
         except RuntimeError as error:
-            raise BadInput(f"ANTs could not register {names[1]} to {names[0]} ({error}); look at the images.") from error
+            raise BadInput(
+                f"ANTs could not register {names[1]} to {names[0]} ({error}); look at the images."
+            ) from error
         # ITK's axes run to the left, to the back and up where the direction is the identity.
         grid = Grid(fixed.shape, np.diag([-spacing[0], -spacing[1], spacing[2], 1.0]))
         return in_voxels(transform(found["fwdtransforms"]), grid, grid)
