@@ -9,6 +9,7 @@ COMMANDS = {
     "compare": "makes one table and one figure of several methods that were evaluated",
     "register": "registers two images and writes the moved image and the transform",
     "apply": "carries images, labels and points through transforms that were saved",
+    "learn2reg": "writes a submission to a Learn2Reg challenge, or checks one as the organisers will",
     "export": "writes a trained network's parameters to files that need no JAX to read",
     "doctor": "looks at versions, devices and settings, forecasts memory, and tests itself",
 }

@@ -23,6 +23,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = ("ops", "io", "models", "data", "training", "registration", "reporting")
 # Modules of ops that measure: NumPy and SciPy, for whoever has no accelerator.
 METRICS = [("ops", f"{noun}.py") for noun in ("correspondence", "folding", "overlap", "surfaces", "surfels")]
+EXTRAS = ("plot", "ants")  # that modules import
+ABSENT = {"ants": "antspyx"}  # what is imported of an extra that the tests do without, and its distribution
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 
@@ -65,6 +67,8 @@ packages_distributions = functools.cache(importlib.metadata.packages_distributio
 
 
 def distribution(module: str) -> str:
+    if module in ABSENT:
+        return ABSENT[module]
     found = {canonicalize_name(item) for item in packages_distributions()[module]}
     assert len(found) == 1, f"{module} comes from {found}"
     return found.pop()
@@ -115,6 +119,7 @@ def test_each_library_stays_in_its_place(path):
     assert parts[0] == "training" or parts == ("registration", "refine.py") or not uses("optax")
     assert parts[0] == "data" or not uses("grain")
     assert parts[0] == "reporting" or not uses("matplotlib")
+    assert parts == ("registration", "syn.py") or not uses("ants")
 
 
 def test_files_are_read_without_jax():
@@ -131,7 +136,7 @@ def test_files_are_read_without_jax():
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_imports_are_declared(path):
     core = {canonicalize_name(requirement.name) for requirement in requirements("core")}
-    optional = {canonicalize_name(requirement.name) for requirement in requirements("plot")}
+    optional = {canonicalize_name(requirement.name) for extra in EXTRAS for requirement in requirements(extra)}
     for module, at_once in third_party(path):
         allowed = core if at_once else core | optional
         assert distribution(module) in allowed, f"{module} is not declared in setup.cfg, or imported too early"
@@ -139,7 +144,7 @@ def test_imports_are_declared(path):
 
 def test_nothing_is_declared_that_is_not_imported():
     used = {distribution(module) for path in MODULES for module, _ in third_party(path)}
-    declared = {canonicalize_name(requirement.name) for kind in ("core", "plot") for requirement in requirements(kind)}
+    declared = {canonicalize_name(requirement.name) for kind in ("core", *EXTRAS) for requirement in requirements(kind)}
     assert declared == used
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 
 from dilformer_jax.io.geometry import is_singular, reframed, to_world
 from dilformer_jax.io.headers import BadInput, place
@@ -33,6 +33,13 @@ def sidecar(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
+def displacement(transform: Transform, fixed: Volume | Grid, moving: Volume | Grid) -> Float32[np.ndarray, "d h w 3"]:
+    """A transform as u on the fixed grid, moved[x] = moving[x + u[x]]: in voxels of the moving array, whatever its
+    grid."""
+    here, there = grid_of(fixed), grid_of(moving)
+    return reframed(total_displacement(transform, here), here.affine, np.linalg.inv(there.affine), np.eye(4))
+
+
 def write_field(path: str | Path, transform: Transform, fixed: Volume | Grid, moving: Volume | Grid) -> None:
     """Writes a transform as an array in voxels and its JSON file, and reads both back before they take their names.
 
@@ -40,7 +47,7 @@ def write_field(path: str | Path, transform: Transform, fixed: Volume | Grid, mo
     """
     path = Path(path)
     here, there = grid_of(fixed), grid_of(moving)
-    u = reframed(total_displacement(transform, here), here.affine, np.linalg.inv(there.affine), np.eye(4))
+    u = displacement(transform, here, there)
     header = nib.nifti1.Nifti1Header()
     place(header, here.affine)
     header.set_xyzt_units("mm")
