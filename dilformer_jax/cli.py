@@ -20,6 +20,8 @@ from dilformer_jax.io.volumes import BadInput
 if TYPE_CHECKING:
     from dilformer_jax.registration.refine import Refinement
 
+# Of registration, beside networks.
+METHODS = ("identity", "affine", "syn")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple", ConfigDict: "a dictionary"}
 
 

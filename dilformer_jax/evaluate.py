@@ -23,12 +23,10 @@ from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.reporting import provenance, tables
 
 if TYPE_CHECKING:
-    from dilformer_jax.registration.evaluation import Kept
     from dilformer_jax.registration.methods import Method
     from dilformer_jax.registration.scoring import Scoring
     from dilformer_jax.registration.selection import Selection
 
-METHODS = ("identity", "affine", "syn")
 UNFINISHED = "unfinished"  # folder for what is scored, until all is
 
 
@@ -40,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace, command: str) -> None:
     """All of it, on the command line's options."""
     # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
-    from dilformer_jax.registration import evaluation, selection
+    from dilformer_jax.registration import evaluation, methods, selection
     from dilformer_jax.registration.scoring import Scoring
 
     known = _selection(options)
     task = _task(options, known)
     worth = selection.sentence(task, None if options.method else known)
-    method = _method(options)
+    method = methods.chosen(options.method, options.weights, options.workdir, cli.refinement(options))
     scoring = Scoring(task.labels, task.groups, options.tolerance)
     evaluation.check(task.pairs, method)
     output = options.output or (options.workdir or Path()) / _folder(options)
@@ -137,7 +135,7 @@ def _parser() -> cli.Arguments:
     parser.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
     parser.add_argument(
         "--method",
-        choices=METHODS,
+        choices=cli.METHODS,
         help="doing nothing (with --refine, refinement alone), an affine map, or ANTs' SyN",
     )
     cli.add_refinement(parser, "none")
@@ -147,7 +145,9 @@ def _parser() -> cli.Arguments:
     parser.add_argument("--data", type=Path, help="folder of the data set, as it was distributed or prepared")
     parser.add_argument("--split", choices=SPLITS, help="by default the test split, where its subjects are there")
     parser.add_argument("--dataset", metavar="NAME", help="what --data holds, for --protocol clean (prepared)")
-    parser.add_argument("--labels", type=cli.label_list, metavar="21-34,41", help="labels to score, else the data set's")
+    parser.add_argument(
+        "--labels", type=cli.label_list, metavar="21-34,41", help="labels to score, else the data set's"
+    )
     parser.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice nsd (1)")
     parser.add_argument(
         "--inverse-consistency", action="store_true", help="register each pair the other way round too, and compare"
@@ -186,21 +186,6 @@ def _progress(row: Mapping[str, Any], number: int, count: int, seconds: float) -
     return f"[{number}/{count}] {row['name']}: {dice}{row['folding_percent']:.3g} % folded; about {told} left"
 
 
-def _method(options: argparse.Namespace) -> "Method":
-    """What the command line names to be scored; given a workdir and a method, that method on the run's pairs."""
-    from dilformer_jax.registration import methods
-    from dilformer_jax.registration.predictor import load_predictor
-
-    refinement = cli.refinement(options)
-    if options.method in ("affine", "syn"):
-        if refinement is not None:
-            raise BadInput(f"--refine does not go with --method {options.method}; leave it out, or evaluate identity.")
-        return methods.affine() if options.method == "affine" else methods.syn()
-    predictor = None if options.method == "identity" else load_predictor(options.weights, options.workdir)
-    method = methods.identity() if predictor is None else methods.network(predictor)
-    return method if refinement is None else methods.refined(method, predictor, refinement)
-
-
 def _selection(options: argparse.Namespace) -> "Selection | None":
     """Of what the command line names: on which subjects it was trained and chosen. Raises BadInput where nothing is
     named, or more than one thing."""
@@ -213,7 +198,7 @@ def _selection(options: argparse.Namespace) -> "Selection | None":
     if options.workdir is not None:
         return selection.of_run(options.workdir)
     if options.method is None:
-        raise BadInput(f"Nothing to evaluate; give --workdir RUN, --weights FILE or --method {'|'.join(METHODS)}.")
+        raise BadInput(f"Nothing to evaluate; give --workdir RUN, --weights FILE or --method {'|'.join(cli.METHODS)}.")
     return None
 
 

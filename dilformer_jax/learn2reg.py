@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from dilformer_jax import cli
 from dilformer_jax.io import learn2reg, submissions
-from dilformer_jax.io.geometry import spacing
 from dilformer_jax.io.headers import by, open_nifti
 from dilformer_jax.io.learn2reg import Task
 from dilformer_jax.io.volumes import BadInput, read_image
 from dilformer_jax.reporting import provenance, tables
 
 if TYPE_CHECKING:
-    from dilformer_jax.registration.evaluation import Method
+    from dilformer_jax.registration.methods import Method
 
 RUN = "learn2reg.json"  # how the displacements of a folder were made
 
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         paths = task.image(pair.fixed), task.image(pair.moving)
         fixed, moving = (read_image(path, submissions.READING) for path in paths)
         begin = time.perf_counter()
-        u = method.displacement(fixed.array, moving.array, paths, spacing(fixed.affine))
+        u = method.displacement(fixed, moving)
         seconds = time.perf_counter() - begin
         learn2reg.write_displacement(folder / files[pair], u, fixed.affine, options.form)
         passed = time.perf_counter() - start
@@ -82,7 +81,7 @@ def _parser() -> cli.Arguments:
     parser.add_argument("--split", choices=tuple(learn2reg.SPLITS), default="val", help="whose pairs (val)")
     parser.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
     parser.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
-    parser.add_argument("--method", choices=("identity", "affine", "syn"), help="instead of a network")
+    parser.add_argument("--method", choices=cli.METHODS, help="instead of a network")
     cli.add_refinement(parser, "none")
     parser.add_argument("--output", type=Path, help="folder for the displacements; stopped, it goes on there")
     parser.add_argument(
@@ -101,25 +100,13 @@ def _parser() -> cli.Arguments:
 
 def _method(options: argparse.Namespace) -> "Method":
     """What the command line names to register with."""
-    from dilformer_jax.registration import classical, syn
-    from dilformer_jax.registration.evaluation import Method, method_of
-    from dilformer_jax.registration.predictor import load_predictor
+    from dilformer_jax.registration import methods
 
     given = [name for name in ("workdir", "weights", "method") if getattr(options, name) is not None]
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none"
         raise BadInput(f"Pairs are registered by one of --workdir, --weights and --method; {found} given.")
-    refinement = cli.refinement(options)
-    if options.method in ("affine", "syn"):
-        if refinement is not None:
-            raise BadInput(f"--refine goes on from a network or from the identity, not from {options.method}.")
-        if options.method == "affine":
-            compiled = lambda shape, name: classical.compile_affine()
-            return Method("affine", classical.affine, compiled, lambda shape, name: None, None)
-        syn.check_installed()
-        return Method(syn.Syn().name, classical.syn, lambda shape, name: None, syn.check_shape, None)
-    predictor = None if options.method else load_predictor(options.weights, options.workdir)
-    return method_of(predictor, refinement)
+    return methods.chosen(options.method, options.weights, options.workdir, cli.refinement(options))
 
 
 def _look(task: Task, method: "Method") -> None:

@@ -104,16 +104,20 @@ def test_evaluating_a_network_times_and_warps_as_register_does(inputs: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "No pairs to evaluate"),
+        ((), "Nothing to evaluate"),
+        (("--method", "identity"), "No pairs to evaluate"),
         (("--pairs", "good.csv"), "Nothing to evaluate"),
         (("--method", "identity", "--protocol", "lpba40"), "--protocol and --data go together"),
         (("--method", "identity", "--data", "."), "--protocol and --data go together"),
-        (("--method", "identity", "--protocol", "lpba41", "--data", "."), "--protocol lpba41 is not known; it is one of"),
+        (
+            ("--method", "identity", "--protocol", "lpba41", "--data", "."),
+            "--protocol lpba41 is not known",
+        ),
         (("--method", "identity", "--protocol", "lpba40-test", "--data", "."), "give --protocol lpba40 --split test"),
         (("--method", "identity", "--protocol", "lpba40", "--data", "."), "S01_t1.nii.gz"),
         (("--method", "identity", "--pairs", "good.csv", "--split", "test"), "--split is for --protocol"),
         (("--method", "identity", "--pairs", "good.csv", "--dataset", "ixi"), "--dataset is for --protocol"),
-        (("--method", "affine", "--pairs", "good.csv", "--refine", "5"), "--refine does not go with --method affine"),
+        (("--method", "affine", "--pairs", "good.csv", "--refine", "5"), "not from --method affine"),
         (("--method", "identity", "--pairs", "good.csv", "--shard", "3/2"), "'3/2' is no part of a whole"),
         (("--method", "identity", "--pairs", "good.csv", "--labels", "21-x"), "'21-x' is no list of labels"),
         (("--method", "identity", "--pairs", "good.csv", "--labels", "9-7"), "is no list of labels"),
@@ -184,7 +188,7 @@ def test_export_describes_the_run(tmp_path: Path, capsys, monkeypatch):
     assert description["labels"] == [4, 11] and description["validation"] == {"dice": 0.6, "dice_identity": 0.5}
     assert description["training"] == {
         "dataset": "folder", "options": {"validation": 0.3}, "licence": f"that of the files in {data}",
-        "subjects": ["a", "b", "c", "d"], "pairs": 12, "steps": 10, "seed": 5,
+        "subjects": ["a", "b", "c", "d"], "chosen_by": ["e", "f"], "pairs": 12, "steps": 10, "seed": 5,
     }  # fmt: skip
     assert "model.safetensors" in told and "dice 0.6" in told and "step 10 (best)" in told
     export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "last"), "--checkpoint", "latest"])

@@ -162,8 +162,7 @@ def test_identity_and_affine_need_no_network(dataset, tmp_path, monkeypatch):
     assert checked(dataset, tmp_path / "zero") == ([], [])  # as the organisers' own zero fields
     turned = np.eye(4)
     turned[:3, 3] = 2, 3, -4
-    monkeypatch.setattr("dilformer_jax.registration.classical.align", lambda a, b: Aligned(turned))
-    monkeypatch.setattr("dilformer_jax.registration.classical.compile_affine", lambda: None)
+    monkeypatch.setattr("dilformer_jax.registration.methods.align", lambda a, b: Aligned(turned))
     ran(dataset, "--output", tmp_path / "affine", "--method", "affine")
     disp = nib.load(tmp_path / "affine" / f"{STEMS[0]}.nii.gz").get_fdata()
     np.testing.assert_allclose(disp, np.broadcast_to([2, 2, -2], disp.shape), atol=1e-6)
@@ -180,7 +179,7 @@ class Aligned:
         ([], "Nowhere to write to; give --output FOLDER, or --check"),
         (["--output", "o"], "one of --workdir, --weights and --method; none given"),
         (["--output", "o", "--method", "identity", "--weights", "w"], "--weights and --method given"),
-        (["--output", "o", "--method", "affine", "--refine", "5"], "not from affine"),
+        (["--output", "o", "--method", "affine", "--refine", "5"], "not from --method affine"),
         (["--output", "o", "--method", "identity", "--split", "test"], "no pairs in registration_test.*pairs for: val"),
         (["--output", "o", "--method", "identity", "--data", "/nowhere"], "TOY_0401_0000.nii.gz does not exist"),
     ],

@@ -239,9 +239,7 @@ def test_a_method_says_that_it_is_refined(brain):
     method.compile(SHAPE, "a.nii")
     place = np.diag([2.0, 2.0, 2.0, 1.0])
     volumes = [Volume(array, place, Path("a.nii"), nib.Nifti1Header()) for array in (fixed, brain[0])]
-    np.testing.assert_array_equal(
-        method.displacement(*volumes), refine.refine(fixed, brain[0], QUICK).displacement
-    )
+    np.testing.assert_array_equal(method.displacement(*volumes), refine.refine(fixed, brain[0], QUICK).displacement)
     with pytest.raises(BadInput, match=r"a.nii is 5x33x30, too small"):
         method.check_shape((5, 33, 30), "a.nii")
 

@@ -65,7 +65,7 @@ def test_the_displacement_takes_the_labels_back():
 
 
 def test_what_warping_removes_counts_as_zero():
-    found = row(case((0, 9.0, 0)), Scoring((3, 5, 9)))
+    found = row(case((-5.0, 0, 0)), Scoring((3, 5, 9)))
     assert found["vanished"] == [5] and found["dice_per_label"][5] == 0 and found["nsd_per_label"][5] == 0
     assert np.isnan(found["hd95_per_label"][5]) and found["absent"] == [9]
 

@@ -71,7 +71,7 @@ class Task:
 PROTOCOLS = {
     "lpba40": Protocol(
         "lpba40",
-        "LPBA40, scan to scan: every ordered pair of two different subjects, skull-stripped, 160x192x160 voxels of 1 mm, "
+        "LPBA40, scan to scan: every ordered pair of two subjects, skull-stripped, 160x192x160 voxels of 1 mm, "
         "not aligned beforehand. 54 manual regions (all but cerebellum and brainstem, 181 and 182) at full resolution. "
         "Test: the 90 pairs of S01-S10; validation: the 30 pairs of S35-S40; S11-S34 train. Published figures of RDP, "
         "ModeT and MsMorph are of 90 such pairs, on which their checkpoints were chosen as well.",
@@ -86,11 +86,11 @@ PROTOCOLS = {
     "ixi": Protocol(
         "ixi",
         "IXI as TransMorph distributes it, atlas to subject: the atlas is the moving image of every pair, the 115 test "
-        "subjects (58 for validation) are fixed; skull-stripped, affinely aligned, 160x192x224 voxels of 1 mm, labels by "
-        "FreeSurfer. dice, dice_trilinear: mean over 30 structures (VOI-30). dice_groups, dice_trilinear_groups: mean "
-        "over the 17 structures of TransMorph's table, of which each is the mean of left and right, absent ones as 0; "
-        "that table warps labels trilinearly (dice_trilinear_groups), and its ± is the deviation over all structures of "
-        "all subjects together, which is not the deviation over the subjects that stands here.",
+        "subjects (58 for validation) are fixed; skull-stripped, affinely aligned, 160x192x224 voxels of 1 mm, labels "
+        "by FreeSurfer. dice, dice_trilinear: mean over 30 structures (VOI-30). dice_groups, dice_trilinear_groups: "
+        "mean over the 17 structures of TransMorph's table, of which each is the mean of left and right, absent as 0; "
+        "that table warps labels trilinearly (dice_trilinear_groups), and its ± is the deviation over all structures "
+        "of all subjects together, which is not the deviation over the subjects that stands here.",
         aligned=True,
         groups=IXI_GROUPS,
     ),
@@ -112,7 +112,12 @@ PROTOCOLS = {
 
 
 def task(
-    name: str, directory: Path, part: str | None, kind: str | None, options: Mapping[str, Any], labels: Sequence[int] = ()
+    name: str,
+    directory: Path,
+    part: str | None,
+    kind: str | None,
+    options: Mapping[str, Any],
+    labels: Sequence[int] = (),
 ) -> Task:
     """The pairs of a protocol in this folder; `part` is the split, `kind` the data set of a protocol for any.
 
@@ -120,8 +125,8 @@ def task(
     pairs, and for `clean` where a subject is in two splits.
     """
     if name not in PROTOCOLS:
-        dataset, _, end = name.rpartition("-")
-        hint = f"; for its {end} split give --protocol {dataset} --split {end}" if end in SPLITS else ""
+        stem, _, end = name.rpartition("-")
+        hint = f"; for its {end} split give --protocol {stem} --split {end}" if end in SPLITS else ""
         raise BadInput(f"--protocol {name} is not known; it is one of {', '.join(PROTOCOLS)}{hint}.")
     protocol = PROTOCOLS[name]
     if protocol.dataset is not None and kind not in (None, protocol.dataset):
@@ -173,6 +178,7 @@ def subjects(pairs: Iterable[Pair]) -> frozenset[str]:
 
 
 def atlas(pairs: Sequence[Pair]) -> frozenset[str]:
-    """The names that are in every pair: all splits share an atlas, which tells nothing of another subject."""
-    found = [subjects([pair]) for pair in pairs]
-    return frozenset.intersection(*found) if found else frozenset()
+    """The name of the subject that is the moving one, or the fixed one, of all pairs, if there are several: all splits
+    share an atlas, which tells nothing of another subject."""
+    roles = ({pair.fixed.name for pair in pairs}, {pair.moving.name for pair in pairs})
+    return frozenset().union(*(names for names in roles if len(names) == 1 and len(pairs) > 1))

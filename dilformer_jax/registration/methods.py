@@ -9,14 +9,17 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
+from dilformer_jax.io import voxel_fields
 from dilformer_jax.io.geometry import spacing
-from dilformer_jax.io.volumes import Volume
+from dilformer_jax.io.volumes import BadInput, Volume
 from dilformer_jax.registration import refine
-from dilformer_jax.registration.predictor import Predictor
+from dilformer_jax.registration import syn as ants
+from dilformer_jax.registration.affine import align
+from dilformer_jax.registration.predictor import Predictor, load_predictor
 from dilformer_jax.registration.refine import Refinement
+from dilformer_jax.registration.syn import Syn
 
 Displacement = Float32[np.ndarray, "_ _ _ 3"]
-METHODS = ("identity", "affine", "syn")
 
 
 def _any_shape(shape: tuple[int, ...], name: object) -> None:
@@ -45,6 +48,29 @@ class Method:
 def identity() -> Method:
     """Doing nothing: what every method is compared with."""
     return Method("identity", lambda fixed, moving: np.zeros((*fixed.array.shape, 3), np.float32))
+
+
+def affine() -> Method:
+    """The affine alignment of `register`, by itself.
+
+    Its Jacobian determinant is the same at every voxel, so that nothing is folded and log J has no spread.
+    """
+
+    def displacement(fixed: Volume, moving: Volume) -> Displacement:
+        return voxel_fields.displacement((align(fixed, moving).matrix,), fixed, moving)
+
+    return Method("affine", displacement)
+
+
+def syn(how: Syn | None = None) -> Method:
+    """ANTs' SyN. Raises BadInput where ANTsPy is not installed."""
+    ants.check_installed()
+    how = how or Syn()
+
+    def displacement(fixed: Volume, moving: Volume) -> Displacement:
+        return ants.displacement(fixed.array, moving.array, spacing(fixed.affine), how, (fixed.path, moving.path))
+
+    return Method(how.name, displacement, check_shape=ants.check_shape, settings=asdict(how), warms_up=False)
 
 
 def network(predictor: Predictor) -> Method:
@@ -86,3 +112,15 @@ def refined(method: Method, predictor: Predictor | None, refinement: Refinement)
     name = f"{method.name}, {refinement.steps} steps of refinement of {kind}"
     settings = {**method.settings, "refinement": asdict(refinement)}
     return Method(name, displacement, compile_both, check_both, settings, method.sha256, method.parameters)
+
+
+def chosen(name: str | None, weights: Path | None, workdir: Path | None, refinement: Refinement | None) -> Method:
+    """The method of this name, one of 'identity', 'affine' and 'syn', or without one the network of the weights or of
+    the workdir; with a refinement, refined. Raises BadInput where it cannot be, or cannot be refined."""
+    if name in ("affine", "syn"):
+        if refinement is not None:
+            raise BadInput(f"--refine goes on from a network or from the identity, not from --method {name}.")
+        return affine() if name == "affine" else syn()
+    predictor = None if name == "identity" else load_predictor(weights, workdir)
+    method = identity() if predictor is None else network(predictor)
+    return method if refinement is None else refined(method, predictor, refinement)

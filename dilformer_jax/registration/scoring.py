@@ -39,8 +39,8 @@ DEFINITION = {
     "folding_percent": "voxels of the whole volume with Jacobian determinant <= 0, np.gradient's differences, central "
     "and one-sided at the faces, at label resolution (VoxelMorph, TransMorph, RDP; RDP prints the fraction)",
     "folding_mask_percent": "the same among the voxels where the fixed image is brighter than its background",
-    "ndv_percent": "non-diffeomorphic volume: of the tetrahedra around each voxel, the mean volume that is turned over, "
-    "in percent of the volume (Liu et al., IJCV 2024)",
+    "ndv_percent": "non-diffeomorphic volume: of the tetrahedra around each voxel, the mean volume that is turned "
+    "over, in percent of the volume (Liu et al., IJCV 2024)",
     "sdlogj": "standard deviation of log(J + 3) without two voxels at each face (Learn2Reg, with its offset of 3)",
     "inverse_consistency_mm": "mean length of u(x + v(x)) + v(x), where x + v(x) is in the volume, v being found with "
     "the images exchanged",

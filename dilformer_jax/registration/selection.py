@@ -51,8 +51,8 @@ def sentence(task: Task, selection: Selection | None) -> str:
         missing = "trained" if selection.trained is None else "chosen"
         if task.name == "clean":
             raise BadInput(
-                f"The network does not say on which subjects it was {missing}, which --protocol clean must know; export "
-                "it again from its run, or evaluate the run by --workdir."
+                f"The network does not say on which subjects it was {missing}, which --protocol clean must know; "
+                "export it again from its run, or evaluate the run by --workdir."
             )
     everywhere = atlas(task.pairs)
     scored = subjects(task.pairs) - everywhere

@@ -88,7 +88,7 @@ def _structures(folder: Path, task: Task, rows: Sequence[Mapping[str, Any]]) -> 
     names = [task.names.get(label, str(label)) for label in task.labels]
     shown = {
         "dice_per_label": ("Dice of each structure", score_figures.dice_per_label(names, before, after)),
-        "dice_folding": ("Dice against folding, a dot for each pair", score_figures.dice_folding(scored)),
+        "dice_folding": ("Dice against folding, a dot for each pair", score_figures.scatter(scored)),
     }
     sections = []
     for name, (heading, figure) in shown.items():

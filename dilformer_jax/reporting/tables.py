@@ -115,8 +115,8 @@ def write_results(
     A pair has `name`, `fixed`, `moving`, those of `METRICS` that were measured (`dice` and the like being the mean over
     its labels), `<metric>_per_label` as {label: value or NaN}, and the lists `absent` and `vanished` of its labels.
     `about` is put beside them into
-    results.json. JSON has null where a value is not a finite number, CSV an empty cell. Each file is replaced in one piece. Raises
-    ValueError when there are no pairs, and BadInput where `output` cannot be written.
+    results.json. JSON has null where a value is not a finite number, CSV an empty cell. Each file is replaced in one
+    piece. Raises ValueError when there are no pairs, and BadInput where `output` cannot be written.
     """
     if not pairs:
         raise ValueError("there are no pairs to write results of")
