@@ -59,6 +59,12 @@ def record(found: dict, method: str, metric: str = "dice") -> dict:
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Without the picture, which takes longer than all else."""
+    monkeypatch.setattr(compare, "_picture", lambda *arguments: False)
+
+
+@pytest.fixture
 def runs(tmp_path: Path) -> tuple[str, str]:
     timing = {"device": "H100", "median_seconds": 0.05, "parameters": 1234567}
     return write(tmp_path / "good", "new_net", pairs_of(0.2, 1), timing=timing), write(
@@ -105,6 +111,7 @@ def test_one_row_for_each_method_with_what_scipy_says(runs, tmp_path, capsys):
     assert lines["new_net", "hd95"]["device"] == "H100"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_latex_has_the_best_bold_and_the_second_underlined(runs, tmp_path):
     names = r"A&B_1 {50%}", r"\new [x]"
     found = compared(tmp_path / "out", *runs, "--names", ",".join(names))
@@ -149,6 +156,7 @@ def test_equal_means_share_a_rank_and_doing_nothing_is_not_the_most_regular():
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_the_identity_and_the_affine_take_their_rows(runs, tmp_path):
     nothing = [row | {"dice": row["dice_before"], "hd95": 7.5} for row in pairs_of(0.2)]
     identity, affine = (write(tmp_path / k, k, rows) for k, rows in (("identity", nothing), ("affine, 12 dof", None)))
@@ -160,11 +168,13 @@ def test_runs_of_the_identity_and_the_affine_take_their_rows(runs, tmp_path):
     assert not [note for note in found["notes"] if "affine was not" in note]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_data_that_were_aligned_before_have_one_row_for_both(tmp_path):
     found = compared(tmp_path / "out", write(tmp_path / "run", "net", aligned=True))
     assert [method["name"] for method in found["methods"]] == ["affine (as distributed)", "net"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pairs_and_structures_in_common(tmp_path):
     fewer = []
     for row in pairs_of(0.1, brains="ABCD"):
@@ -181,6 +191,7 @@ def test_pairs_and_structures_in_common(tmp_path):
     assert record(found, "all")["mean"] == pytest.approx(np.mean(expected))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_asking_for_structures_and_a_reference(runs, tmp_path):
     found = compared(tmp_path / "out", *runs, "--labels", "165", "--reference", "old", "--metrics", "hd95,dice")
     assert [row["metric"] for row in found["statistics"]] == ["hd95"] * 4 + ["dice"] * 4
@@ -204,6 +215,7 @@ def test_dice_with_what_is_absent_as_zero(tmp_path):
     np.testing.assert_allclose(identity.values["dice_trilinear"], np.nanmean(before, axis=1))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_measure_that_one_run_lacks_is_a_dash(tmp_path):
     bare = [{key: value for key, value in row.items() if "hd95" not in key} for row in pairs_of(0.1)]
     found = compared(tmp_path / "out", write(tmp_path / "all", "all"), write(tmp_path / "bare", "bare", bare))
@@ -224,6 +236,7 @@ def test_a_training_run_with_one_evaluation_and_without_labels(tmp_path):
     assert "comparison.png" not in (tmp_path / "out" / "comparison.md").read_text("utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_metric_of_two_definitions_is_refused_only_where_it_is_shown(tmp_path, capsys):
     one = write(tmp_path / "one", "one")
     other = write(tmp_path / "two", "two", pairs_of(0.1), definition=DEFINITION | {"hd95": "the larger directed one"})
@@ -235,6 +248,24 @@ def test_a_metric_of_two_definitions_is_refused_only_where_it_is_shown(tmp_path,
     assert {row["metric"] for row in compared(tmp_path / "out", one, other, "--metrics", "dice")["statistics"]} == {
         "dice"
     }
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> Path:
+    """A folder with results that are as they should be (net), and others that do not go with them."""
+    folder = tmp_path_factory.mktemp("refused")
+    write(folder / "net", "net")
+    for name in ("evaluation", "evaluation-identity"):
+        write(folder / "workdir" / name, name)
+    write(folder / "protocol", "p", protocol="others")
+    write(folder / "elsewhere", "e", [row | {"fixed": row["fixed"] * 2} for row in pairs_of(0.1)])
+    write(folder / "unlike", "u", labels=(1, 2))
+    write(folder / "moved", "m", [row | {"dice_before": row["dice_before"] + 0.01} for row in pairs_of(0.1)])
+    (folder / "empty").mkdir()
+    for name, content in (("broken", "{"), ("nothing", "[1]"), ("half", '{"pairs": [{"fixed": "A"}]}')):
+        (folder / name).mkdir()
+        (folder / name / "results.json").write_text(content)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -261,19 +292,8 @@ def test_a_metric_of_two_definitions_is_refused_only_where_it_is_shown(tmp_path,
         (("net", "--output", "net/results.json"), "results.json is a file; give a folder"),
     ],
 )
-def test_refusals_are_one_sentence_and_leave_nothing(tmp_path, monkeypatch, capsys, arguments, sentence):
-    monkeypatch.chdir(tmp_path)
-    write(Path("net"), "net")
-    for name in ("evaluation", "evaluation-identity"):
-        write(Path("workdir") / name, name)
-    write(Path("protocol"), "p", protocol="others")
-    write(Path("elsewhere"), "e", [row | {"fixed": row["fixed"] * 2} for row in pairs_of(0.1)])
-    write(Path("unlike"), "u", labels=(1, 2))
-    write(Path("moved"), "m", [row | {"dice_before": row["dice_before"] + 0.01} for row in pairs_of(0.1)])
-    Path("empty").mkdir()
-    for name, content in (("broken", "{"), ("nothing", "[1]"), ("half", '{"pairs": [{"fixed": "A"}]}')):
-        Path(name).mkdir()
-        (Path(name) / "results.json").write_text(content)
+def test_refusals_are_one_sentence_and_leave_nothing(refused, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(refused)
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as stop:
         compare.main(["compare", *arguments])
@@ -282,6 +302,7 @@ def test_refusals_are_one_sentence_and_leave_nothing(tmp_path, monkeypatch, caps
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_runs_of_one_method_are_told_apart_by_their_folders(tmp_path):
     found = compared(tmp_path / "out", *(write(tmp_path / name, "net") for name in ("first", "second")))
     assert [method["name"] for method in found["methods"]][2:] == ["net (first)", "net (second)"]

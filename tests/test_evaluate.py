@@ -68,6 +68,7 @@ def test_evaluating_the_identity(inputs: Path, tmp_path: Path, capsys):
     assert results["definition"]["labels"] == "3,5,900-901"
     names = [
         "best.png",
+        "dice_folding.png",
         "dice_per_label.png",
         "median.png",
         "report.html",
