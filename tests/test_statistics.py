@@ -85,9 +85,7 @@ def test_what_is_drawn_depends_on_how_the_pairs_share_brains():
     assert design([("A", "a"), ("a", "A"), ("B", "b"), ("b", "B")]).sizes == (2,)
     two = design([("A", "B"), ("B", "A")])
     assert two.sizes == () and two.units == 0
-    assert np.isnan(
-        statistics.interval(statistics.resampled_means(np.array([[0.1], [0.2]]), two, 100), two.units)
-    ).all()
+    assert np.isnan(statistics.interval(statistics.resampled_means(np.array([[0.1], [0.2]]), two, 100), two)).all()
 
 
 def test_pairs_of_their_own_brains_are_drawn_as_pairs():

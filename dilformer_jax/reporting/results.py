@@ -134,8 +134,9 @@ def check_definitions(runs: Sequence[Run], metrics: Sequence[str]) -> tuple[str,
                         f"({run.definition[key]!r}, {defining[0].definition[key]!r}), and numbers of two definitions "
                         "cannot be compared; evaluate again, or leave it out by --metrics."
                     )
-        unsaid = [str(run.path) for run in runs if metric not in run.definition]
-        if 0 < len(unsaid) < len(runs):
+        having = [run for run in runs if any(metric in row for row in run.pairs.values())]
+        unsaid = [str(run.path) for run in having if metric not in run.definition]
+        if 0 < len(unsaid) < len(having):
             notes.append(f"{', '.join(unsaid)} does not say how {metric} is defined.")
     if len({str(run.definition.get("seconds")) for run in runs if "seconds" in run.definition}) > 1:
         notes.append("The runs define seconds differently: the times are not to be compared.")
