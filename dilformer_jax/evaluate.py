@@ -87,7 +87,8 @@ def _write(
 
     from dilformer_jax.reporting import evaluation_report
 
-    title = f"{method.name}, {task.name}" + (f", {task.split}" if task.split else "")
+    protocol = ", ".join(part for part in (task.name, task.split) if part)
+    title = f"{method.name}, {protocol}"
     definition = {
         "method": method.name,
         "protocol": task.text,
@@ -104,7 +105,7 @@ def _write(
         **about,
     }
     with staged(output, evaluation_report.PICTURES) as folder:
-        summary = tables.write_results(folder, title, definition, rows, task.labels, told)
+        summary = tables.write_results(folder, protocol, definition, rows, task.labels, told)
         run = {
             "command": command,
             "versions": provenance.versions(),
@@ -118,11 +119,7 @@ def _write(
 
     print(f"{title}\n\n{task.text}\n{definition['split']}\n")
     print(tables.summary_text(summary), end="")
-    timing = about["timing"]
-    print(
-        f"\nTime of a pair: {timing['median_seconds']:.3g} s, median of {timing['runs']} on {timing['device']}; "
-        f"{timing['compile_seconds']:.3g} s to compile."
-    )
+    print(f"\n{tables.timing_text(about['timing'])}")
     vanished = sum(len(row["vanished"]) for row in rows)
     print(f"{len(rows)} pairs, {len(task.labels)} structures, {vanished} vanished in warping. Written to {output}")
 

@@ -15,7 +15,10 @@ from dilformer_jax.reporting.tables import PER_LABEL
 
 FILE = "results.json"
 # Measures that are means over structures; all others are of the displacement or of the clock.
-OF_LABELS = ("dice", "dice_trilinear", "dice_absent0", "hd95", "hd95_max", "assd", "nsd")
+OF_LABELS = (
+    *("dice", "dice_trilinear", "dice_absent0", "target_overlap", "union_overlap"),
+    *("hd95", "hd95_max", "hd", "assd", "nsd"),
+)
 # Fixed brain, moving brain, and which one it is of the pairs that have both.
 Key = tuple[str, str, int]
 SAME = 1e-4  # of Dice before registration, which is the same number in every run if the images and labels are

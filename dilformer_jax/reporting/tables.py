@@ -144,7 +144,7 @@ def write_results(
     }
     write_json(output / "results.json", results)
     write_text(output / "results.csv", csv_text(rows))
-    write_text(output / "summary.md", _summary_page(protocol, definition, summary, counts, rows, labels))
+    write_text(output / "summary.md", _summary_page(results, rows))
     return summary
 
 
@@ -159,35 +159,39 @@ def write_text(path: Path, content: str) -> None:
         partial.write_text(content, encoding="utf-8")
 
 
-def _summary_page(
-    protocol: str,
-    definition: Row | str,
-    summary: Summary,
-    counts: Mapping[str, int],
-    rows: Sequence[Row],
-    labels: Sequence[int],
-) -> str:
+def timing_text(timing: Row) -> str:
+    """How long a pair takes, as `registration.evaluation.timing` measured it, in a sentence."""
+    return (
+        f"Time of a pair: {text(timing['median_seconds'])} s, median of {timing['runs']} runs with nothing beside them "
+        f"on {timing['device']}; {text(timing['compile_seconds'])} s to compile."
+    )
+
+
+def _summary_page(results: Row, rows: Sequence[Row]) -> str:
+    definition, counts, names = results["definition"], results["counts"], results.get("label_names", {})
     if isinstance(definition, str):
         definitions = definition + "\n"
     else:
         definitions = "".join(f"* {name}: {text(value)}\n" for name, value in definition.items())
     columns = [metric for metric in METRICS if any(metric in row for row in rows)]
     structures = []
-    for label in labels:
+    for label in results["labels"]:
         mine = [row for row in rows if row["label"] == label]
         means = {metric: _statistics(np.array([_number(row[metric]) for row in mine]))["mean"] for metric in columns}
         states = {state: sum(row["state"] == state for row in mine) for state in ("absent", "vanished")}
-        structures.append({"label": label, **means, **states})
+        named = {"structure": names[label]} if label in names else {}
+        structures.append({"label": label, **named, **means, **states})
     return "\n".join(
         [
-            f"# {protocol}\n",
+            f"# {', '.join(results[key] for key in ('method', 'protocol') if key in results)}\n",
             f"{counts['pairs']} pairs, {counts['labels']} structures; {counts['absent']} times a structure was absent "
             f"from an input, {counts['vanished']} times one vanished in warping.\n",
-            markdown(_summary_rows(summary), ["metric", "mean", "sd", "n"]),
+            markdown(_summary_rows(results["summary"]), ["metric", "mean", "sd", "n"]),
+            *([timing_text(results["timing"]) + "\n"] if "timing" in results else []),
             f"Statistics: {STATISTICS}.\n",
             definitions,
             "## Each structure: mean over the pairs\n",
-            markdown(structures, ["label", *columns, "absent", "vanished"]),
+            markdown(structures, ["label", *(["structure"] if names else []), *columns, "absent", "vanished"]),
         ]
     )
 
