@@ -20,8 +20,8 @@ from dilformer_jax.ops.overlap import check_same_shape, present, ranks
 
 Labels = Integer[np.ndarray, "_ _ _"]
 Mask = Bool[np.ndarray, "_ _ _"]
-Points = Int64[np.ndarray, "points 3"]
-Distances = Float64[np.ndarray, " points"]
+Points = Int64[np.ndarray, "_ 3"]
+Distances = Float64[np.ndarray, " _"]
 VOXELS = ("hd", "hd95", "assd")
 CORNERS = ("hd95_max", "nsd")
 # Points of a k-d tree's leaf: the fastest of 5 to 80, measured with the regions of LPBA40.
@@ -83,7 +83,7 @@ def surface_scores(
 
     # The largest first, so that no thread is left with one at the end.
     size = lambda label: -sum(np.prod([edge.stop - edge.start for edge in box[of[label] - 1]]) for box in boxes)
-    order = sorted(np.flatnonzero(known & in_moved), key=size)
+    order = sorted(np.flatnonzero(known & in_moved).tolist(), key=size)
     values = {key: np.full(len(labels), np.nan) for key in wanted}
     if "nsd" in wanted:
         values["nsd"][known & ~in_moved] = 0.0
