@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Float64, Num
 from scipy import ndimage  # type: ignore[import-untyped]
 
-Displacement = Float[np.ndarray, "D H W 3"]
-Landmarks = Num[np.ndarray, "n 3"]
+Displacement = Float[np.ndarray, "_ _ _ 3"]
+Landmarks = Num[np.ndarray, "_ 3"]
 WORKERS = 2
 
 
@@ -22,7 +22,7 @@ def tre(
     spacing: Sequence[float | int],
     *,
     order: int = 1,
-) -> Float64[np.ndarray, " n"]:
+) -> Float64[np.ndarray, " _"]:
     """Target registration error |p + u(p) - q| of each pair of landmarks, in mm.
 
     p are `fixed_points`, in voxels of the fixed grid, and q the `moving_points` that belong to them, in voxels of the
