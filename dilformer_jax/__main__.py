@@ -4,6 +4,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "prepare": "prepares a public data set, or files of your own, for training and evaluation",
     "train": "trains a network, validates, and goes on by itself where it was stopped",
     "evaluate": "measures a trained network, or another method, over a set of pairs",
     "compare": "makes one table and one figure of several methods that were evaluated",

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from brains import names, write
+from brains import names, write, write_pickle
 
-from dilformer_jax.data.folders import folder, pairs_csv
+from dilformer_jax.data.folders import folder, glob, pairs_csv
+from dilformer_jax.data.preprocessing import load
 from dilformer_jax.io.volumes import BadInput
 
 
@@ -107,3 +108,62 @@ def test_pairs_csv_names_the_row(tmp_path, text, said):
         pairs_csv(tmp_path / "nowhere.csv")
     with pytest.raises(BadInput, match=f"{tmp_path} is a folder; give a CSV file"):
         pairs_csv(tmp_path)
+
+
+def test_a_folder_of_archives_and_pickles_has_their_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", vol=rng.random((3, 4, 5)), seg=np.resize([0, 4, 6], (3, 4, 5)))
+    np.savez(tmp_path / "c.npz", vol=rng.random((3, 4, 5)))
+    write_pickle(tmp_path / "d.pkl", rng.random((3, 4, 5)), np.resize([0, 9], (3, 4, 5)))
+    dataset = folder(tmp_path, validation=0)
+    assert dataset.labels == (4, 6, 9)
+    found = {subject.name: subject for pair in dataset.train for subject in (pair.fixed,)}
+    assert [found[name].labels and found[name].labels.name for name in "abcd"] == ["a.npz", "b.npz", None, "d.pkl"]
+    image, labels = load(found["b"], {"normalise": "minmax"})
+    with np.load(tmp_path / "b.npz") as archive:
+        vol = archive["vol"].astype(np.float32)
+        np.testing.assert_array_equal(labels, archive["seg"])
+    np.testing.assert_allclose(image[..., 0], (vol - vol.min()) / (vol.max() - vol.min()), rtol=1e-6)
+
+
+def bids(folder, *ids):
+    for name in ids:
+        write(folder / f"sub-{name}/anat/sub-{name}_T1w.nii.gz")
+        write(folder / f"derivatives/seg/sub-{name}/sub-{name}_dseg.nii.gz", (0, 3))
+
+
+def test_glob_names_subjects_by_what_tells_them_apart(tmp_path):
+    bids(tmp_path, "01", "02", "10")
+    write(tmp_path / "sub-01/anat/._sub-01_T1w.nii.gz")
+    dataset = glob(
+        tmp_path, images="sub-*/anat/*_T1w.nii.gz", labels="derivatives/seg/sub-*/*_dseg.nii.gz", validation=0
+    )
+    assert names(dataset.train)[0] == "sub-01_to_sub-02" and len(dataset.train) == 6 and dataset.labels == (3,)
+    subject = dataset.train[0].moving
+    assert subject.labels == tmp_path / "derivatives/seg/sub-01/sub-01_dseg.nii.gz"
+    # Patterns of another number of wildcards: by name. Without labels: none are scored.
+    other = glob(tmp_path, images="sub-*/anat/*_T1w.nii.gz", labels="**/*_dseg.nii.gz", validation=0)
+    assert {s.name: s.labels.parent.name for p in other.train for s in (p.fixed,)} == {
+        name: name for name in ("sub-01", "sub-02", "sub-10")
+    }
+    assert glob(tmp_path, images="sub-??/anat/*_T1w.nii.gz").labels == ()
+    assert len(glob(tmp_path, images="sub-0[!3]/anat/*_T1w.nii.gz").train) == 2
+
+
+def test_glob_joins_wildcards_where_no_single_one_tells(tmp_path):
+    for name in ("a", "b"):
+        for visit in ("1", "2"):
+            write(tmp_path / name / visit / "t1.nii.gz")
+    dataset = glob(tmp_path, images="*/*/t1.nii.gz", validation=0.5)
+    assert names(dataset.train) == ["a-1_to_a-2", "a-2_to_a-1"] and len(dataset.validation) == 2
+    write(tmp_path / "a/1/seg.nii.gz")
+    write(tmp_path / "c/1/seg.nii.gz")
+    with pytest.raises(BadInput, match=r"c/1/seg\.nii\.gz is a label map without an image that matches"):
+        glob(tmp_path, images="*/*/t1.nii.gz", labels="*/*/seg.nii.gz")
+    with pytest.raises(BadInput, match=r"0 images that match '\*_T1w\.nii'; give"):
+        glob(tmp_path, images="*_T1w.nii")
+    with pytest.raises(BadInput, match="no label maps that match"):
+        glob(tmp_path, images="*/*/t1.nii.gz", labels="*.mgz")
+    with pytest.raises(BadInput, match="no pattern of files below a folder"):
+        glob(tmp_path, images="/root/*.nii")

@@ -55,7 +55,7 @@ def glob(directory: Path | str, *, images: str, labels: str | None = None, valid
 
     A subject's name is what the last wildcard stands for that tells the subjects apart, sub-01 in this pattern, or all
     such wildcards together where no single one does. A label map belongs to the image for which the wildcards stand for
-    the same, or, where the patterns do not have equally many, whose name it has.
+    the same, or, where that is so for none, to the image that has its name.
 
     Raises BadInput for fewer than two images and for a label map without an image.
     """
@@ -71,7 +71,7 @@ def glob(directory: Path | str, *, images: str, labels: str | None = None, valid
     names = dict(zip(found, _telling(list(found)), strict=True))
     maps: dict[str, Path] = {}
     others = {} if labels is None else _matching(directory, labels)
-    alike = bool(others) and len(next(iter(others))) == len(next(iter(found)))
+    alike = any(parts in names for parts in others)
     for parts, name in zip(others, _telling(list(others)), strict=True):
         name = names.get(parts, "") if alike else name
         if name not in names.values():

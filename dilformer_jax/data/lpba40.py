@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 from nibabel.nifti1 import Nifti1Header
 
 from dilformer_jax.data import structures
@@ -61,7 +61,7 @@ def lpba40(directory: Path | str, *, axes: str | None = None) -> Dataset:
     return _dataset(*([found[name] for n in part if (name := f"S{n:02d}") in found] for part in parts))
 
 
-def axes_of(regions: Int[np.ndarray, "d h w"]) -> str | None:
+def axes_of(regions: Integer[np.ndarray, "d h w"]) -> str | None:
     """Where the array axes of a map of LPBA40's regions point to, such as 'RAS'; None where it has too few of them."""
     ends = {
         "RL": ([id for id in LPBA40_LABELS if id % 2 == 0], [id for id in LPBA40_LABELS if id % 2]),

@@ -121,7 +121,7 @@ def prepared(
     Where downsampling does not divide the shape, BadInput says so of `name`; given a `multiple`, the end of each axis
     is continued with the border value instead, until what comes out is a multiple of it.
     """
-    image = boxed(image, corner(image, settings["crop_to"]), settings["crop_to"], mode="edge")
+    image = _boxed(image, corner(image, settings["crop_to"]), settings["crop_to"], mode="edge")
     try:
         image = normalise(image, settings["normalise"])
     except BadInput as fault:
@@ -173,7 +173,7 @@ def _decoded_labels(subject: Subject, settings: dict[str, Any]) -> np.ndarray:
     labels = labels_of(subject, image)
     assert labels is not None
     box = settings["crop_to"]
-    return boxed(labels.array, corner(image.array, box), box, mode="constant")
+    return _boxed(labels.array, corner(image.array, box), box, mode="constant")
 
 
 def _which(subject: Subject) -> str:
@@ -181,7 +181,7 @@ def _which(subject: Subject) -> str:
     return "".join(f", {text}" for text in (subject.part, subject.axes) if text)
 
 
-def boxed(array: np.ndarray, corner: list[int], box: tuple[int, int, int] | None, mode: Any) -> np.ndarray:
+def _boxed(array: np.ndarray, corner: list[int], box: tuple[int, int, int] | None, mode: Any) -> np.ndarray:
     if box is None:
         return array
     ends = [start + size for start, size in zip(corner, box, strict=True)]

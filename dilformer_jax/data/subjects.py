@@ -77,6 +77,16 @@ def subjects_of(pairs: Sequence[Pair]) -> tuple[Subject, ...]:
     return tuple(dict.fromkeys(subject for pair in pairs for subject in (pair.moving, pair.fixed)))
 
 
+def everyone(dataset: Dataset) -> dict[str, tuple[Subject, ...]]:
+    """The subjects of all splits by name; several of one name where several files hold one brain, as those of pairs."""
+    found: dict[str, set[Subject]] = {}
+    for pair in (*dataset.train, *dataset.validation, *dataset.test):
+        for subject in (pair.fixed, pair.moving):
+            found.setdefault(subject.name, set()).add(subject)
+    order = lambda subject: (str(subject.image), str(subject.labels), subject.part or "")
+    return {name: tuple(sorted(found[name], key=order)) for name in sorted(found)}
+
+
 def named(directory: Path, names: Sequence[str]) -> list[Subject]:
     """Those of the subjects NAME_t1.nii.gz that are there, with their NAME_seg.nii.gz."""
     subjects = []

@@ -43,9 +43,9 @@ def is_orientation(letters: str) -> bool:
 
 def centred_affine(shape: tuple[int, ...], sizes: Sequence[float], letters: str) -> Float64[np.ndarray, "4 4"]:
     """The affine of a grid whose middle lies at the origin: voxels of `sizes` mm, axes that point as `letters` say."""
-    turn = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(letters), (1, 1, 1))
     affine = np.eye(4)
-    affine[:3, :3] = turn[:3, :3] * sizes
+    for axis, (row, sign) in enumerate(nib.orientations.axcodes2ornt(letters)):
+        affine[:3, axis] = np.eye(3)[int(row)] * sign * sizes[axis]
     affine[:3, 3] = -affine[:3, :3] @ (np.array(shape) - 1) / 2
     return affine
 

@@ -184,7 +184,7 @@ def _pair(header: Path, voxels: Path) -> nib.spatialimages.SpatialImage:
     """A NIfTI or an Analyze image in two files, with its voxels not yet read; nibabel wants both compressed or none."""
     with (gzip.open if header.suffix == ".gz" else open)(header, "rb") as file:
         start = file.read(nib.nifti2.Nifti2Header.sizeof_hdr)
-    kinds = (nib.nifti1.Nifti1Pair, nib.nifti2.Nifti2Pair, nib.spm2analyze.Spm2AnalyzeImage, nib.analyze.AnalyzeImage)
+    kinds = (nib.nifti1.Nifti1Pair, nib.nifti2.Nifti2Pair, nib.analyze.AnalyzeImage)
     kind = next((kind for kind in kinds if kind.header_class.may_contain_header(start)), None)
     if kind is None:
         raise nib.filebasedimages.ImageFileError("no header of a pair")

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Num, Real
+from jaxtyping import Float32, Float64, Real
 
 from dilformer_jax.io.geometry import apply_affine, orientation, spacing
 from dilformer_jax.io.volumes import BadInput, Volume
+from dilformer_jax.ops.foreground import box, content
 from dilformer_jax.ops.resampling import resampled, smoothed
 
-FAINT = 0.02  # of the brightest: below it is background
 MARGIN = 4  # voxels around what the images show
 ROOM = 0.25  # of the fixed image's box, the most that what the moving image shows adds to it on either side
 ISOTROPIC = 1.3  # the largest ratio of voxel sides that count as a cube
@@ -38,13 +38,6 @@ class Grid:
     voxels: Float64[np.ndarray, "4 4"]
 
 
-def content(array: Num[np.ndarray, "d h w"], threshold: float = FAINT) -> Bool[np.ndarray, "d h w"]:
-    """What is brighter than background: than the least value, by a share of the way to the 99th percentile of all that
-    is not that value. Padding with the least value changes nothing."""
-    low = array.min()
-    return array > low + threshold * (np.percentile(array[array > low], 99) - low)
-
-
 def model_grid(fixed: Volume, declared: Mapping[str, Any]) -> Grid:
     """The grid that a network declares, {"shape", "spacing_mm", "orientation"}, around what the fixed image shows and
     along its axes.
@@ -61,7 +54,7 @@ def model_grid(fixed: Volume, declared: Mapping[str, Any]) -> Grid:
         axis = next(k for k, other in enumerate(here) if any({letter, other} <= set(ends) for ends in ENDS))
         sign = 1 if here[axis] == letter else -1
         affine[:3, column] = sign * sides[column] * _right_angled(fixed.affine)[:, axis]
-    low, high = _box(content(fixed.array))
+    low, high = box(content(fixed.array))
     middle = apply_affine(fixed.affine, (low + high) / 2)
     affine[:3, 3] = middle - affine[:3, :3] @ (np.array([d, h, w]) - 1) / 2
     voxels = np.linalg.inv(fixed.affine) @ affine
@@ -78,7 +71,7 @@ def content_grid(fixed: Volume, moving: Volume, affine: Matrix) -> Grid:
     """The fixed image's voxels around what it shows and what the moving image shows there by `affine`, RAS mm of the
     fixed to RAS mm of the moving image. Where these are no cubes, or more than `LARGEST`, cubes of the same volume, or
     larger ones, along the same axes."""
-    low, high = _box(content(fixed.array))
+    low, high = box(content(fixed.array))
     shown = np.argwhere(content(moving.array))
     shown = shown[:: max(1, len(shown) // 100_000)]
     there = apply_affine(np.linalg.inv(affine @ fixed.affine) @ moving.affine, shown).round(6)
@@ -129,7 +122,7 @@ def is_head(volume: Volume) -> bool:
 
 def check_size(volume: Volume, declared: Mapping[str, Any]) -> None:
     """Raises BadInput where the image shows nothing of a size that a network with this grid can have seen."""
-    low, high = _box(content(volume.array))
+    low, high = box(content(volume.array))
     longest = float(((high - low + 1) * spacing(volume.affine)).max())
     known = float(np.max(np.array(declared["shape"]) * np.array(declared["spacing_mm"], float)))
     if not SIZES[0] <= longest / known <= SIZES[1]:
@@ -147,12 +140,6 @@ def _right_angled(affine: Matrix) -> np.ndarray:
         return axes
     u, _, v = np.linalg.svd(axes)
     return u @ v
-
-
-def _box(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last voxel of a mask along each axis."""
-    lines = [np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
-    return np.array([line[0] for line in lines], float), np.array([line[-1] for line in lines], float)
 
 
 def _rounded(size: np.ndarray) -> tuple[int, int, int]:
