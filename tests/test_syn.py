@@ -92,9 +92,9 @@ def test_a_warp_and_an_affine_of_itk_are_one_displacement_in_voxels(tmp_path, or
 
 
 def test_the_name_says_every_setting():
-    assert Syn().name == "SyNOnly, CC radius 2, 160x80x40 iterations, SyN[0.2,3,0]"
-    other = Syn("meansquares", iterations=(10, 5), step=0.1, affine=True, total_smoothing=1.5)
-    assert other.name == "SyN, mean squares, 10x5 iterations, SyN[0.1,3,1.5]"
+    assert Syn().name == "SyNOnly, mean squares, 160x80x40 iterations, SyN[0.2,3,0]"  # TransMorph's
+    other = Syn("CC", iterations=(10, 5), step=0.1, affine=True, total_smoothing=1.5)
+    assert other.name == "SyN, CC radius 4, 10x5 iterations, SyN[0.1,3,1.5]"
     assert Syn("mattes", 32).name.startswith("SyNOnly, Mattes MI 32 bins,")
     with pytest.raises(ValueError, match="CC, meansquares, mattes, not 'ssd'"):
         Syn("ssd")
@@ -126,8 +126,8 @@ def test_shapes_that_differ_or_are_too_small_are_refused(monkeypatch):
 
 def shifted() -> tuple[np.ndarray, np.ndarray]:
     """Two images that a smooth displacement makes alike."""
-    moving = ndimage.zoom(blobs(3), 1.5, order=1)
-    return np.float32(warped(moving, wave(moving.shape), 1)), np.float32(moving)
+    moving = blobs(3)
+    return np.float32(warped(moving, wave(), 1)), moving
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -142,17 +142,17 @@ def test_what_it_moves_is_what_ants_moves(monkeypatch, tmp_path, affine):
 
     monkeypatch.setattr(ants, "registration", recorded)
     fixed, moving = shifted()
-    how = Syn(iterations=(30, 10), affine=affine)
+    how = Syn(iterations=(20, 6), affine=affine)
     u = syn.displacement(fixed, moving * 1000, SIZES, how)
     assert u.dtype == np.float32 and u.shape == (*fixed.shape, 3)
     assert [*tmp_path.iterdir()] == []
     expected = found[0]["warpedmovout"].numpy()
-    scaled = ndimage.median_filter(moving, 1).clip(*np.percentile(moving[moving != 0], (0.1, 99.9)))
+    scaled = moving.clip(*np.percentile(moving[moving != 0], (0.1, 99.9)))
     scaled = (scaled - scaled.min()) / np.ptp(scaled)
     within = inside(u)
     np.testing.assert_allclose(warped(scaled, u, 1)[within], expected[within], atol=1e-3)
-    alike = lambda a: np.corrcoef(a[within], fixed[within])[0, 1]
-    assert alike(expected) > 0.98 > alike(moving)
+    unlike = lambda a: 1 - np.corrcoef(a[within], fixed[within])[0, 1]
+    assert unlike(expected) < 0.7 * unlike(moving)
     np.testing.assert_allclose(syn.displacement(fixed, moving * 1000, SIZES, how), u, atol=1e-3)
 
 

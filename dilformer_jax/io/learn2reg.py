@@ -3,7 +3,8 @@
 A data set is a folder with a `NAME_dataset.json` that lists pairs of images of one shape. A submission has a file for
 each pair, a displacement (D, H, W, 3) in voxels on the fixed grid, axes in the order of the NIfTI array. It is scored
 by `map_coordinates(moving_labels, identity + disp, order=0)`: x + disp(x) is a place in the moving array, which is
-this package's own convention, and the header's affine is not looked at.
+this package's own convention, and the header's affine is not looked at. (A place less than half a voxel beyond a face
+has label 0 there, and the nearest voxel's in `warp_labels`.)
 
 Names: `disp_FFFF_MMMM`, the four digits of the fixed and then of the moving subject, or with those of their modality
 `disp_FFFF_ffff_MMMM_mmmm`. The short one has been the challenges' (zero fields, LUMIR's instructions) where both

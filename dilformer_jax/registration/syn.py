@@ -43,8 +43,8 @@ class Syn:
       affine: whether ANTs' affine alignment goes before.
     """
 
-    metric: str = "CC"
-    sampling: int = 2
+    metric: str = "meansquares"
+    sampling: int = 4
     iterations: tuple[int, ...] = (160, 80, 40)
     step: float = 0.2
     update_smoothing: float = 3.0

@@ -1,0 +1,46 @@
+"""The affine alignment as a displacement: its matrix is given, so that SimpleITK can say what it must do."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from orientations import PAIRS, SKEW, volume
+from scipy import ndimage
+
+from dilformer_jax.ops import metrics
+from dilformer_jax.registration import classical
+
+MATRIX = np.eye(4)
+MATRIX[:3, :3] += 0.3 * SKEW + np.diag([0.05, -0.03, 0.1])
+MATRIX[:3, 3] = 0.4, -0.7, 0.5
+
+
+@pytest.mark.parametrize(("here", "there"), PAIRS)
+def test_an_alignment_is_a_displacement_between_any_two_grids(tmp_path, monkeypatch, here, there):
+    fixed, moving = volume(tmp_path / "f.nii", here), volume(tmp_path / "m.nii", there, "moving")
+    monkeypatch.setattr(classical, "align", lambda a, b: SimpleNamespace(matrix=MATRIX))
+    u = classical.aligned(fixed, moving)
+    assert u.shape == (*fixed.array.shape, 3) and u.dtype == np.float32
+
+    flip = np.diag([-1.0, -1, 1, 1])
+    lps = flip @ MATRIX @ flip
+    transform = sitk.AffineTransform(lps[:3, :3].ravel().tolist(), lps[:3, 3].tolist())
+    files = (sitk.ReadImage(str(tmp_path / name)) for name in ("m.nii", "f.nii"))
+    expected = sitk.GetArrayFromImage(sitk.Resample(*files, transform, sitk.sitkLinear, -1.0)).T
+    places = np.moveaxis(np.indices(u.shape[:3]), 0, -1) + u
+    inside = ((places > 0.01) & (places < np.array(moving.array.shape) - 1.01)).all(-1)
+    moved = ndimage.map_coordinates(moving.array, np.moveaxis(places, -1, 0), order=1)
+    assert inside.mean() > 0.2
+    np.testing.assert_allclose(moved[inside], expected[inside], atol=1e-3)
+
+
+def test_on_one_grid_an_alignment_folds_nothing_and_has_no_spread(monkeypatch):
+    monkeypatch.setattr(classical, "align", lambda a, b: SimpleNamespace(matrix=MATRIX))
+    image = np.random.default_rng(0).uniform(size=(9, 8, 7)).astype(np.float32)
+    u = classical.affine(image, image, ("fixed", "moving"), (1.0, 1.5, 2.0))
+    sides = np.diag([1, 1.5, 2.0])
+    linear = np.linalg.inv(sides) @ MATRIX[:3, :3] @ sides
+    np.testing.assert_allclose(u[3, 2, 5] - u[0, 0, 0], (linear - np.eye(3)) @ [3, 2, 5], atol=1e-5)
+    np.testing.assert_allclose(metrics.jacobian_determinant(u), np.linalg.det(MATRIX[:3, :3]), rtol=1e-5)
+    assert metrics.folding_percent(u) == 0 and metrics.sdlogj(u) < 1e-6
