@@ -67,13 +67,12 @@ def toy_method(monkeypatch) -> list[Path]:
     """A method that knows the answer; the moving images that it was asked for."""
     asked: list[Path] = []
 
-    def displacement(fixed, moving, names, spacing):
-        assert spacing == pytest.approx((1, 1.5, 2))
-        asked.append(names[1])
-        return wave(int(names[0].name[4:8]))
+    def displacement(fixed, moving):
+        np.testing.assert_allclose(fixed.affine, affine(), atol=1e-5)
+        asked.append(moving.path)
+        return wave(int(fixed.path.name[4:8]))
 
-    nothing = lambda shape, name: None
-    monkeypatch.setattr(command, "_method", lambda options: Method("toy", displacement, nothing, nothing, "0" * 64))
+    monkeypatch.setattr(command, "_method", lambda options: Method("toy", displacement, sha256="0" * 64))
     return asked
 
 
@@ -165,7 +164,9 @@ def test_identity_and_affine_need_no_network(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("dilformer_jax.registration.methods.align", lambda a, b: Aligned(turned))
     ran(dataset, "--output", tmp_path / "affine", "--method", "affine")
     disp = nib.load(tmp_path / "affine" / f"{STEMS[0]}.nii.gz").get_fdata()
-    np.testing.assert_allclose(disp, np.broadcast_to([2, 2, -2], disp.shape), atol=1e-6)
+    np.testing.assert_allclose(
+        disp, np.broadcast_to(np.linalg.inv(affine()[:3, :3]) @ turned[:3, 3], disp.shape), atol=1e-6
+    )
 
 
 class Aligned:

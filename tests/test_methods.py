@@ -1,15 +1,18 @@
 """The affine alignment as a displacement: its matrix is given, so that SimpleITK can say what it must do."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from orientations import PAIRS, SKEW, volume
 from scipy import ndimage
 
-from dilformer_jax.ops import metrics
-from dilformer_jax.registration import classical
+from dilformer_jax.io.volumes import Volume
+from dilformer_jax.ops import folding
+from dilformer_jax.registration import methods
 
 MATRIX = np.eye(4)
 MATRIX[:3, :3] += 0.3 * SKEW + np.diag([0.05, -0.03, 0.1])
@@ -19,8 +22,8 @@ MATRIX[:3, 3] = 0.4, -0.7, 0.5
 @pytest.mark.parametrize(("here", "there"), PAIRS)
 def test_an_alignment_is_a_displacement_between_any_two_grids(tmp_path, monkeypatch, here, there):
     fixed, moving = volume(tmp_path / "f.nii", here), volume(tmp_path / "m.nii", there, "moving")
-    monkeypatch.setattr(classical, "align", lambda a, b: SimpleNamespace(matrix=MATRIX))
-    u = classical.aligned(fixed, moving)
+    monkeypatch.setattr(methods, "align", lambda a, b: SimpleNamespace(matrix=MATRIX))
+    u = methods.affine().displacement(fixed, moving)
     assert u.shape == (*fixed.array.shape, 3) and u.dtype == np.float32
 
     flip = np.diag([-1.0, -1, 1, 1])
@@ -36,11 +39,14 @@ def test_an_alignment_is_a_displacement_between_any_two_grids(tmp_path, monkeypa
 
 
 def test_on_one_grid_an_alignment_folds_nothing_and_has_no_spread(monkeypatch):
-    monkeypatch.setattr(classical, "align", lambda a, b: SimpleNamespace(matrix=MATRIX))
+    monkeypatch.setattr(methods, "align", lambda a, b: SimpleNamespace(matrix=MATRIX))
     image = np.random.default_rng(0).uniform(size=(9, 8, 7)).astype(np.float32)
-    u = classical.affine(image, image, ("fixed", "moving"), (1.0, 1.5, 2.0))
     sides = np.diag([1, 1.5, 2.0])
+    place = np.eye(4)
+    place[:3, :3] = sides
+    fixed = Volume(image, place, Path("a.nii"), nib.Nifti1Header())
+    u = methods.affine().displacement(fixed, fixed)
     linear = np.linalg.inv(sides) @ MATRIX[:3, :3] @ sides
     np.testing.assert_allclose(u[3, 2, 5] - u[0, 0, 0], (linear - np.eye(3)) @ [3, 2, 5], atol=1e-5)
-    np.testing.assert_allclose(metrics.jacobian_determinant(u), np.linalg.det(MATRIX[:3, :3]), rtol=1e-5)
-    assert metrics.folding_percent(u) == 0 and metrics.sdlogj(u) < 1e-6
+    np.testing.assert_allclose(folding.jacobian_determinant(u), np.linalg.det(MATRIX[:3, :3]), rtol=1e-5)
+    assert folding.folding_percent(u) == 0 and folding.sdlogj(u) < 1e-6
