@@ -46,9 +46,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.pairs:
         _register_all(options, how)
         return
-    labels = options.fixed_labels, options.moving_labels
     pair = Pair(
-        *(Subject(path.name, path, seg) for path, seg in zip((options.fixed, options.moving), labels, strict=True))
+        Subject(options.fixed.name, options.fixed, options.fixed_labels),
+        Subject(options.moving.name, options.moving, options.moving_labels),
     )
     told = _register_one(pair, options.output, how, (options.fixed_mask, options.moving_mask))
     from dilformer_jax.reporting import outputs

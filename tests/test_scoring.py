@@ -1,5 +1,6 @@
 """A pair's scores against what is known of boxes moved by whole voxels, and pairs that are kept and found again."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from toys import affine, write
 
 from dilformer_jax.data.subjects import Pair, Subject
-from dilformer_jax.io.volumes import Volume
+from dilformer_jax.io.volumes import BadInput, Volume
 from dilformer_jax.registration import evaluation, methods
 from dilformer_jax.registration.scoring import DEFINITION, Case, Scoring, dice_of, row
 from dilformer_jax.reporting import tables
@@ -83,6 +84,15 @@ def test_exchanged_images_should_give_the_inverse():
     assert "inverse_consistency_mm" not in row(case(), Scoring((3,)))
 
 
+def test_landmarks_are_where_the_displacement_takes_them(tmp_path):
+    fixed = case((1.0, -2.0, 0.5))
+    voxels = np.array([[3, 8, 4], [7.5, 9, 6.25]])
+    known = dataclasses.replace(fixed, points=(voxels, voxels + [1.0, -2.0, 0.5 + 1.5]))
+    found = row(known, Scoring((3,)))
+    assert found["tre_mm"] == pytest.approx(1.5 * 2)  # voxels of 2 mm along axis 2
+    assert found["tre_before_mm"] == pytest.approx(np.linalg.norm([1, 2 * 1.5, 2 * 2]))
+
+
 def test_folding_is_told_of_the_whole_and_of_what_the_image_shows():
     folded = case()
     # x + u turns over at two planes of three voxels and more, all of them outside of the bright boxes.
@@ -95,7 +105,7 @@ def test_folding_is_told_of_the_whole_and_of_what_the_image_shows():
 
 def test_every_metric_of_the_tables_is_defined():
     scoring = Scoring((3,), {"one": (3,)}, 2.0)
-    assert set(tables.METRICS) - {"tre_mm", "tre_before_mm"} <= set(scoring.definition)
+    assert set(tables.METRICS) <= set(scoring.definition)
     assert scoring.definition["nsd"].endswith("tolerance 2 mm")
     assert set(DEFINITION) - set(Scoring((3,)).definition) == {"dice_groups", "dice_trilinear_groups"}
 
@@ -116,6 +126,19 @@ def counting(calls: list[str]) -> methods.Method:
         return np.zeros((*fixed.array.shape, 3), np.float32)
 
     return methods.Method("counting", displacement, parameters=12)
+
+
+def test_landmarks_are_read_in_either_space(pairs, tmp_path):
+    voxels = np.array([[3.0, 8, 4], [7.5, 9, 6.25]])
+    moved = nib.affines.apply_affine(affine(), voxels + [1, 0, 0])
+    for name, header, rows in (("a", "i,j,k", voxels), ("b", "x_ras,y_ras,z_ras", moved), ("c", "i,j,k", voxels[:1])):
+        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header=header, comments="")
+    with_points = lambda name: dataclasses.replace(pairs[0], points=(tmp_path / "a.csv", tmp_path / f"{name}.csv"))
+    kept = evaluation.Kept(tmp_path / "rows", [with_points("b")], {})
+    (found,) = evaluation.scores([with_points("b")], methods.identity(), Scoring((3,)), kept)
+    assert found["tre_mm"] == pytest.approx(1.0, abs=1e-4)  # voxels of 1 mm along axis 0
+    with pytest.raises(BadInput, match=r"a.csv has 2 points and .*c.csv 1; give landmarks"):
+        evaluation.registered(with_points("c"), methods.identity())
 
 
 def test_scored_pairs_are_kept_and_found_again(pairs, tmp_path):

@@ -131,7 +131,8 @@ def _telling(matches: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def pairs_csv(path: Path | str) -> Dataset:
-    """Pairs as a table: columns fixed, moving and, optional, fixed_labels, moving_labels and split.
+    """Pairs as a table: columns fixed, moving and, optional, fixed_labels, moving_labels, split, and fixed_points,
+    moving_points, which name tables of landmarks (`io.points`), one for one.
 
     `split` is train, validation or test; without this column every row is in all three, so that a network trained on
     the table is validated on what it was trained on. Relative paths start at the folder of the table. BadInput names
@@ -162,20 +163,24 @@ def pairs_csv(path: Path | str) -> Dataset:
             raise BadInput(f"{path} row {number}: split is '{part}'; write one of {', '.join(SPLITS)}.")
         parts.append(part)
         files = {column: path.parent / Path(text).expanduser() for column, text in texts.items() if text}
-        for column in ("fixed", "moving", "fixed_labels", "moving_labels"):
+        for column in ("fixed", "moving", "fixed_labels", "moving_labels", "fixed_points", "moving_points"):
             if column in files and not files[column].is_file():
                 raise BadInput(f"{path} row {number}: {column} {files[column]} does not exist; correct the path.")
-            if column not in files and not column.endswith("_labels"):
+            if column not in files and column in ("fixed", "moving"):
                 raise BadInput(f"{path} row {number}: {column} is empty; every row names a fixed and a moving image.")
-        if ("fixed_labels" in files) != ("moving_labels" in files):
-            raise BadInput(f"{path} row {number} has only one of the two label maps; give both or neither.")
+        for kind, what in (("labels", "label maps"), ("points", "tables of points")):
+            if (f"fixed_{kind}" in files) != (f"moving_{kind}" in files):
+                raise BadInput(f"{path} row {number} has only one of the two {what}; give both or neither.")
         found.append(files)
     names = _distinct_names({files[role] for files in found for role in ("fixed", "moving")})
 
     def subject(files: dict[str, Path], role: str) -> Subject:
         return Subject(names[files[role]], files[role], files.get(f"{role}_labels"))
 
-    pairs = tuple(Pair(subject(files, "fixed"), subject(files, "moving")) for files in found)
+    def points(files: dict[str, Path]) -> tuple[Path, Path] | None:
+        return (files["fixed_points"], files["moving_points"]) if "fixed_points" in files else None
+
+    pairs = tuple(Pair(subject(files, "fixed"), subject(files, "moving"), points(files)) for files in found)
     ids = label_ids(subject for pair in pairs for subject in (pair.fixed, pair.moving))
     train, validation, test = (
         tuple(pair for pair, its in zip(pairs, parts, strict=True) if its in (part, "")) for part in SPLITS

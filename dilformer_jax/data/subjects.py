@@ -29,10 +29,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Pair:
-    """The moving subject is registered to the fixed one."""
+    """The moving subject is registered to the fixed one. `points` are tables of the landmarks that they have in common,
+    of the fixed and of the moving image."""
 
     fixed: Subject
     moving: Subject
+    points: tuple[Path, Path] | None = None
 
     @property
     def name(self) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 from dilformer_jax.data.preprocessing import load
 from dilformer_jax.data.subjects import Pair, Subject
 from dilformer_jax.data.volumes import opened
-from dilformer_jax.io.volumes import Volume, check_same_grid, replacing
+from dilformer_jax.io import points
+from dilformer_jax.io.volumes import BadInput, Volume, check_same_grid, replacing
 from dilformer_jax.registration.methods import Method
 from dilformer_jax.registration.scoring import Case, Scoring, row
 
@@ -166,6 +167,7 @@ class Kept:
 def _state(pair: Pair) -> list[Any]:
     """What tells that the files of a pair are those that were scored."""
     files = [path for subject in (pair.fixed, pair.moving) for path in (subject.image, subject.labels) if path]
+    files += pair.points or ()
     return [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
@@ -176,7 +178,23 @@ def _registered(pair: Pair, volumes: tuple, method: Method, backward: bool) -> C
     u = method.displacement(fixed, moving)
     seconds = time.perf_counter() - start
     other = method.displacement(moving, fixed) if backward else None
-    return Case(pair, fixed, moving, fixed_labels, moving_labels, u, seconds, other)
+    return Case(pair, fixed, moving, fixed_labels, moving_labels, u, seconds, other, _points(pair, fixed, moving))
+
+
+def _points(pair: Pair, fixed: Volume, moving: Volume) -> tuple[np.ndarray, np.ndarray] | None:
+    """The landmarks of a pair, in voxels. Raises BadInput where they are not as many in both."""
+    if pair.points is None:
+        return None
+    found = []
+    for path, volume in zip(pair.points, (fixed, moving), strict=True):
+        table, coordinates = points.read_table(path)
+        found.append(points.from_ras(points.to_ras(coordinates, table.space, volume), "voxel", volume))
+    if len(found[0]) != len(found[1]):
+        raise BadInput(
+            f"{pair.points[0]} has {len(found[0])} points and {pair.points[1]} {len(found[1])}; give landmarks that "
+            "belong together, row by row."
+        )
+    return found[0], found[1]
 
 
 def _read_pair(pair: Pair) -> tuple[tuple[Volume, np.ndarray | None], tuple[Volume, np.ndarray | None]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Float64, Int32
 
 from dilformer_jax.data.subjects import Pair
 from dilformer_jax.io.geometry import spacing
@@ -34,7 +34,7 @@ DEFINITION = {
     "hd95_max": "the larger of the two directed 95 % quantiles, in mm, of surface elements weighted by their area "
     "(DeepMind's surface-distance, Learn2Reg)",
     "hd": "the largest distance, in mm, between surface voxels",
-    "assd": "mean, in mm, of the two mean distances from one surface's voxels to the other surface (MedPy)",
+    "assd": "mean, in mm, of the distances between surface voxels, both directions pooled (MedPy 0.5)",
     "nsd": "share of both surfaces' area that lies within the tolerance of the other one (DeepMind's surface Dice)",
     "folding_percent": "voxels of the whole volume with Jacobian determinant <= 0, np.gradient's differences, central "
     "and one-sided at the faces, at label resolution (VoxelMorph, TransMorph, RDP; RDP prints the fraction)",
@@ -42,6 +42,9 @@ DEFINITION = {
     "ndv_percent": "non-diffeomorphic volume: of the tetrahedra around each voxel, the mean volume that is turned "
     "over, in percent of the volume (Liu et al., IJCV 2024)",
     "sdlogj": "standard deviation of log(J + 3) without two voxels at each face (Learn2Reg, with its offset of 3)",
+    "tre_mm": "mean distance, in mm, of the moving landmarks from where the displacement, interpolated linearly, takes "
+    "the fixed ones",
+    "tre_before_mm": "the same of no displacement",
     "inverse_consistency_mm": "mean length of u(x + v(x)) + v(x), where x + v(x) is in the volume, v being found with "
     "the images exchanged",
     "seconds": "from two images in memory to the displacement at full resolution in memory, preprocessing included; "
@@ -70,7 +73,8 @@ class Scoring:
 @dataclass(frozen=True, eq=False)
 class Case:
     """A pair as a method registered it: images, labels where there are any, displacement and the seconds it took; the
-    displacement of the pair exchanged where it was asked for."""
+    displacement of the pair exchanged where it was asked for, and its landmarks, in voxels of the fixed and of the
+    moving image, where it has any."""
 
     pair: Pair
     fixed: Volume
@@ -80,6 +84,7 @@ class Case:
     displacement: Float32[np.ndarray, "D H W 3"]
     seconds: float
     backward: Float32[np.ndarray, "D H W 3"] | None = None
+    points: tuple[Float64[np.ndarray, "n 3"], Float64[np.ndarray, "n 3"]] | None = None
 
 
 def row(case: Case, scoring: Scoring) -> dict[str, Any]:
@@ -102,6 +107,9 @@ def row(case: Case, scoring: Scoring) -> dict[str, Any]:
     if case.backward is not None:
         consistency = correspondence.inverse_consistency(u, case.backward, sides)
         found["inverse_consistency_mm"] = consistency["mean_mm"]
+    if case.points is not None:
+        found["tre_mm"] = float(correspondence.tre(*case.points, u, sides).mean())
+        found["tre_before_mm"] = float(correspondence.tre(*case.points, np.zeros_like(u), sides).mean())
     if case.fixed_labels is not None and case.moving_labels is not None:
         found |= _labelled(case.fixed_labels, case.moving_labels, u, sides, scoring)
     return found
