@@ -52,7 +52,7 @@ def union_overlap(fixed: Labels, moved: Labels, labels: Sequence[int], moving: L
 
 
 def totals(fixed: Labels, moved: Labels, labels: Sequence[int]) -> dict[str, float]:
-    """Klein's overlaps of a whole label map, summed over the labels before dividing (NeuroImage 2009, equations 1-3).
+    """Klein's overlaps of a whole label map, summed over the labels before dividing (NeuroImage 2009).
 
     "target" Σ|F∩M| / Σ|F|, "mean" 2 Σ|F∩M| / Σ(|F| + |M|) and "union" Σ|F∩M| / Σ|F∪M|: large labels weigh more, and
     one that either map lacks counts with no intersection. NaN where neither has any of the labels. Raises ValueError

@@ -7,6 +7,8 @@ corner to corner, and each corner counts by its area. The two differ by half a v
 are not to be compared with numbers of the other.
 """
 
+import functools
+import itertools
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,8 +26,13 @@ Points = Int64[np.ndarray, "_ 3"]
 Distances = Float64[np.ndarray, " _"]
 VOXELS = ("hd", "hd95", "assd")
 CORNERS = ("hd95_max", "nsd")
-# Points of a k-d tree's leaf: the fastest of 5 to 80, measured with the regions of LPBA40.
+# Measured with the regions of LPBA40: points of a k-d tree's leaf, the fastest of 5 to 80; how far, in voxels, nearest
+# points are looked for one step after the other, the fastest of 2 to 5; the steps that are tried at once, and of how
+# many points.
 LEAF = 48
+REACH = 4
+STOPS = (0, 7, 27, 57, 123)
+BLOCK = 1 << 12
 
 
 def surface_scores(
@@ -138,18 +145,69 @@ def _edge(mask: Mask) -> Points:
 
 
 def _distances(points: Sequence[Points], spacing: Sequence[float | int]) -> list[Distances]:
-    """Of each point of either surface, the distance in mm to the nearest of the other."""
+    """Of each point of either surface, the distance in mm to the nearest of the other.
+
+    All are computed from whole voxels, so that equal distances are equal numbers, wherever in the volume.
+    """
     scale = np.asarray(spacing, float)
-    # Midpoint splits suit points on a grid: half the time of the balanced tree, and less than distance transforms of
-    # the labels' boxes, whose cost grows with the box.
-    trees = [KDTree(each * scale, LEAF, compact_nodes=False, balanced_tree=False) for each in points]
+    steps, lengths = _ball(tuple(scale.tolist()))
+    # Both surfaces in one line of voxels with room for the steps, which are then steps along the line.
+    reach = np.abs(steps).max(axis=0)
+    low = np.minimum(points[0].min(axis=0), points[1].min(axis=0)) - reach
+    shape = np.maximum(points[0].max(axis=0), points[1].max(axis=0)) + reach + 1 - low
+    strides = np.array([shape[1] * shape[2], shape[2], 1])
+    places = [(each - low) @ strides for each in points]
     found = []
     for this, other in ((0, 1), (1, 0)):
-        nearest = trees[other].query(trees[this].data)[1]
-        # From whole voxels, so that equal distances are equal numbers, wherever in the volume.
-        x, y, z = ((points[other][nearest] - points[this]) * scale).T
-        found.append(np.sqrt(x * x + y * y + z * z))
+        line = np.zeros(int(shape.prod()), bool)
+        line[places[other]] = True
+        blocks = np.array_split(places[this], len(places[this]) // BLOCK + 1)
+        distances = np.concatenate([_near(block, line, steps @ strides, lengths) for block in blocks])
+        far = np.flatnonzero(np.isinf(distances))
+        if len(far):
+            # Midpoint splits suit points on a grid: half the time of the balanced tree, and less than distance
+            # transforms of the labels' boxes, whose cost grows with the box.
+            tree = KDTree(points[other] * scale, LEAF, compact_nodes=False, balanced_tree=False)
+            nearest = tree.query(points[this][far] * scale)[1]
+            distances[far] = _length((points[other][nearest] - points[this][far]) * scale)
+        found.append(distances)
     return found
+
+
+def _near(
+    places: Int64[np.ndarray, " _"], line: Bool[np.ndarray, " _"], steps: Int64[np.ndarray, " _"], lengths: Distances
+) -> Distances:
+    """The distance from each place on a line to the first of the steps from it that hits, infinite where none does.
+
+    The better a registration, the more of the distances are found here, in a tenth of the time of a tree.
+    """
+    found = np.full(len(places), np.inf)
+    left = np.arange(len(places))
+    stops = [*(stop for stop in STOPS if stop < len(steps)), len(steps)]
+    for start, stop in itertools.pairwise(stops):
+        hits = line[places[left, None] + steps[start:stop]]
+        first = hits.argmax(axis=1)
+        hit = hits[np.arange(len(left)), first]
+        found[left[hit]] = lengths[start + first[hit]]
+        left = left[~hit]
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _ball(spacing: tuple[float, ...]) -> tuple[Points, Distances]:
+    """The steps of a ball with the volume of one of `REACH` voxels' radius, the shortest first, and their lengths."""
+    radius = REACH * float(np.prod(spacing)) ** (1 / 3)
+    ends = [int(radius / size) for size in spacing]
+    steps = np.stack(np.meshgrid(*(np.arange(-end, end + 1) for end in ends), indexing="ij"), axis=-1).reshape(-1, 3)
+    lengths = _length(steps * np.array(spacing))
+    order = np.argsort(lengths, kind="stable")
+    order = order[: np.searchsorted(lengths[order], radius, side="right")]
+    return steps[order], lengths[order]
+
+
+def _length(vectors: Float64[np.ndarray, "_ 3"]) -> Distances:
+    x, y, z = vectors.T
+    return np.sqrt(x * x + y * y + z * z)
 
 
 def _quantile(distances: Distances, weights: Distances, part: float) -> float:
