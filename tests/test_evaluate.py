@@ -10,7 +10,7 @@ from toys import affine, image, pairs_file, write
 from dilformer_jax import cli, evaluate, export
 from dilformer_jax.io.volumes import read_image, read_labels
 from dilformer_jax.models import bundle
-from dilformer_jax.registration import pipeline
+from dilformer_jax.registration import evaluation, pipeline
 from dilformer_jax.registration.predictor import load_predictor
 from dilformer_jax.training import checkpoint
 
@@ -97,8 +97,70 @@ def test_evaluating_a_network_times_and_warps_as_register_does(inputs: Path, tmp
         assert with_labels[name] == pytest.approx(result.metrics[name])
     assert with_labels["dice"] != with_labels["dice_before"]
     assert 0 < with_labels["seconds"] < 1  # compilation takes longer
+    found = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert found["method"] == str(inputs / "weights") and found["protocol"] == str(table)
+    timing = found["timing"]
+    assert timing["runs"] == 5 and 0 < timing["median_seconds"] < 1 and timing["parameters"] > 100
+    assert timing["device"] in (tmp_path / "scores" / "summary.md").read_text()
     assert "dice" not in without and without["sdlogj"] > 0
     assert json.loads((tmp_path / "scores" / "run.json").read_text())["parameters_sha256"]
+
+
+def results(folder: Path) -> dict:
+    """What does not depend on the clock."""
+    found = json.loads((folder / "results.json").read_text())
+    del found["timing"], found["summary"]["seconds"]
+    return found | {"pairs": [{**row, "seconds": None} for row in found["pairs"]]}
+
+
+def test_stopped_it_goes_on_and_shards_come_to_the_same(inputs: Path, tmp_path: Path, capsys, monkeypatch):
+    table = pairs_file(inputs, tmp_path / "pairs.csv", *PAIRS)
+
+    def run(name: str, *more: str) -> Path:
+        evaluate.main(
+            ["evaluate", "--method", "identity", "--pairs", str(table), "--output", str(tmp_path / name), *more]
+        )
+        return tmp_path / name
+
+    whole = run("whole")
+    capsys.readouterr()
+    # Killed while the third pair is scored.
+    score, names = evaluation.row, []
+
+    def killed(case, scoring):
+        names.append(case.pair.name)
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        return score(case, scoring)
+
+    monkeypatch.setattr(evaluation, "row", killed)
+    with pytest.raises(SystemExit) as stopped:
+        run("killed")
+    assert stopped.value.code == 130 and [path.name for path in (tmp_path / "killed").iterdir()] == ["unfinished"]
+    names.clear()
+    run("killed")
+    assert "2 of 3 pairs were scored before" in capsys.readouterr().err and len(names) == 1
+    assert results(tmp_path / "killed") == results(whole)
+    assert sorted(path.name for path in whole.iterdir()) == sorted(
+        path.name for path in (tmp_path / "killed").iterdir()
+    )
+
+    monkeypatch.setattr(evaluation, "row", score)
+    run("shards", "--shard", "2/2")
+    assert "1 of 3 pairs are scored" in capsys.readouterr().out and not (tmp_path / "shards" / "results.json").exists()
+    run("shards", "--shard", "1/2")
+    assert results(tmp_path / "shards") == results(whole)
+
+
+def test_exchanged_images_and_tolerance(inputs: Path, tmp_path: Path):
+    table = pairs_file(inputs, tmp_path / "pairs.csv", PAIRS[0])
+    arguments = ["--weights", str(inputs / "weights"), "--pairs", str(table), "--output", str(tmp_path / "scores")]
+    evaluate.main(["evaluate", *arguments, "--inverse-consistency", "--tolerance", "2.5"])
+    (row,) = json.loads((tmp_path / "scores" / "results.json").read_text())["pairs"]
+    # The network moves both ways by (1, -2, 0.5) voxels of 1, 1.5 and 2 mm, and a little by the images.
+    assert row["inverse_consistency_mm"] == pytest.approx(np.linalg.norm([2, 4 * 1.5, 1 * 2]), rel=0.2)
+    definition = json.loads((tmp_path / "scores" / "results.json").read_text())["definition"]
+    assert definition["nsd"].endswith("tolerance 2.5 mm")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def test_pairs_csv_may_say_which_split_a_row_is_in(tmp_path):
         ("fixed,moving\n,b.nii\n", "row 2: fixed is empty"),
         ("fixed,moving\na.nii\n", "row 2: moving is empty"),
         ("fixed,moving,fixed_labels,moving_labels\na.nii,b.nii,a.nii,\n", "row 2 has only one of the two label maps"),
+        ("fixed,moving,moving_points\na.nii,b.nii,a.nii\n", "row 2 has only one of the two tables of points"),
+        ("fixed,moving,fixed_points,moving_points\na.nii,b.nii,c.csv,a.nii\n", "fixed_points .*c.csv does not exist"),
         ("target,source\na.nii,b.nii\n", "has the columns target, source; it needs fixed and moving"),
         ("fixed,moving,split\na.nii,b.nii,train\na.nii,b.nii,val\n", "row 3: split is 'val'; write one of train, val"),
         ("fixed,moving,split\na.nii,b.nii\n", "row 2: split is ''"),

@@ -39,7 +39,7 @@ IXI_GROUPS = {
 class Protocol:
     """What a name stands for: the data set, of `sources.DATASETS` or None for any, and `text`, what is scored and how.
 
-    Of `splits` the first that has subjects is scored. `atlas` names the subject that is fixed in every pair. In
+    Of `splits` the first that has pairs is scored. `atlas` names the subject that is fixed in every pair. In
     `aligned` data the subjects were brought together affinely by those who distribute them. `groups` are structures
     that a table shows as one.
     """
@@ -99,7 +99,6 @@ PROTOCOLS = {
         "OASIS, Learn2Reg 2021 task 3: the 19 validation pairs of consecutive subjects 0438-0457, affinely aligned, "
         "160x192x224 voxels of 1 mm, 35 structures by FreeSurfer. Learn2Reg reports dice (nearest neighbour), hd95_max "
         "(DeepMind's, over structures of both images) and sdlogj (with its offset of 3), each a mean over pairs.",
-        splits=("validation", "test"),
         aligned=True,
     ),
     "clean": Protocol(
