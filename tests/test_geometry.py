@@ -100,9 +100,9 @@ def test_to_world_on_one_grid_ignores_the_origin():
     np.testing.assert_array_equal(to_world(u + 1, affine, affine)[1, 0, 1], [-2, 1, 3])
 
 
-@pytest.mark.parametrize("axes", itertools.permutations(("RL", "AP", "SI")))
+@pytest.mark.parametrize("axes", list(itertools.permutations(("RL", "AP", "SI"))))
 def test_a_centred_grid_has_the_axes_that_its_letters_say(axes):
     for letters in itertools.product(*axes):
-        affine = centred_affine((3, 4, 6), (1, 1.5, 2), "".join(letters))
+        affine = centred_affine((3, 4, 6), (1.0, 1.5, 2.0), "".join(letters))
         assert nib.aff2axcodes(affine) == letters and spacing(affine) == (1, 1.5, 2)
         np.testing.assert_allclose(apply_affine(affine, np.array([1, 1.5, 2.5])), 0, atol=1e-12)

@@ -204,14 +204,34 @@ def _resampled(volume: Volume, grid: Grid, to_file: Matrix, kind: str) -> np.nda
     array = volume.array
     # Rounded, so that voxels which coincide do so exactly.
     places = (np.linalg.inv(volume.affine) @ to_file @ grid.affine).round(9)
-    starts = np.rint(places[:3, 3]).astype(int)
-    within = (starts >= 0).all() and (starts + grid.shape <= array.shape).all()
-    if within and np.array_equal(places[:3], np.column_stack([np.eye(3), starts])):
-        return array[tuple(slice(start, start + size) for start, size in zip(starts, grid.shape, strict=True))]
+    outside = min(0, array.min())
+    ones = np.abs(places[:3, :3])
+    if np.array_equal(places, np.rint(places)) and np.array_equal(
+        np.sort(ones, axis=None), np.sort(np.eye(3), axis=None)
+    ):
+        return _window(array, places.astype(int), grid.shape, outside)
     if kind == "linear":
         factors = np.linalg.norm(places[:3, :3], axis=1)
         array = smoothed(array, np.where(factors > SMOOTHED, factors, 1.0).tolist())
-    return resampled(array, grid.shape, lambda points: apply_affine(places, points), kind, min(0, array.min()))
+    return resampled(array, grid.shape, lambda points: apply_affine(places, points), kind, outside)
+
+
+def _window(array: np.ndarray, places: np.ndarray, shape: tuple[int, int, int], outside: float | int) -> np.ndarray:
+    """As `_resampled`, where `places` only exchange and reverse axes and shift by whole voxels."""
+    axes = np.abs(places[:3, :3]).argmax(axis=0)
+    turned = array.transpose(axes)
+    result = np.full(shape, outside, array.dtype)
+    source, target = [], []
+    for axis, (old, size) in enumerate(zip(axes, shape, strict=True)):
+        start = places[old, 3]
+        if places[old, axis] < 0:
+            turned = np.flip(turned, axis)
+            start = turned.shape[axis] - 1 - start
+        low, high = max(0, start), max(0, start, min(turned.shape[axis], start + size))
+        source.append(slice(low, high))
+        target.append(slice(low - start, high - start))
+    result[tuple(target)] = turned[tuple(source)]
+    return result
 
 
 def _cut(image: Volume, grid: Grid, to_file: Matrix) -> tuple[str, ...]:
