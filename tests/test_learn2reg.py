@@ -1,6 +1,7 @@
 """Learn2Reg submissions, read back as the organisers' evaluation.py reads them: nibabel and `map_coordinates`."""
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -187,8 +188,6 @@ class Aligned:
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(dataset, tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.chdir(tmp_path)
-    import re
-
     assert re.search(said, refused(capsys, dataset, *options))
     assert not (tmp_path / "o").exists()
 
@@ -276,6 +275,17 @@ def test_each_fault_has_its_sentence(dataset, toy_method, tmp_path, capsys):
     assert "cannot be read (Object arrays" in checked(dataset, tmp_path / "bad")[0][0]
     shutil.copy(tmp_path / "good" / name, tmp_path / "bad" / name)
     assert f"{STEMS[0]}.npz and {name}" in checked(dataset, tmp_path / "bad")[0][0]
+
+
+def test_two_modalities_must_be_named(tmp_path):
+    """As CuRIOUS's, whose zero fields in the organisers' repository have short names that their script refuses."""
+    entry = {role: f"CuRIOUS_0003_{number}.nii.gz" for role, number in (("fixed", "0000"), ("moving", "0002"))}
+    pair = learn2reg._pair(entry, Path("d.json"))
+    task = learn2reg.Task("CuRIOUS", "val", SHAPE, (pair,), tmp_path, False)
+    stored(tmp_path / "disp_0003_0003.nii.gz", wave(0))
+    found = [*submissions.findings(task, tmp_path)]
+    assert "; disp_0003_0003.nii.gz does not name the modalities." in found[0].faults[0]
+    assert "disp_0003_0003.nii.gz in" in found[1].doubts[0]
 
 
 def test_normalised_coordinates_raise_a_doubt(dataset, toy_method, tmp_path):
