@@ -1,6 +1,7 @@
 """Registers the pairs of a Learn2Reg data set and writes a submission, or checks one offline as the organisers will."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -19,6 +20,7 @@ from dilformer_jax.reporting import provenance, tables
 
 if TYPE_CHECKING:
     from dilformer_jax.registration.evaluation import Method
+    from dilformer_jax.registration.refine import Refinement
 
 RUN = "learn2reg.json"  # how the displacements of a folder were made
 
@@ -36,7 +38,8 @@ def run(options: argparse.Namespace, command: str) -> None:
         return
     if options.output is None:
         raise BadInput("Nowhere to write to; give --output FOLDER, or --check SUBMISSION to check one.")
-    method = _method(options)
+    refinement = cli.refinement(options)
+    method = _method(options, refinement)
     _look(task, method)
     folder = options.output
     suffix = learn2reg.FORMS[options.form]
@@ -48,6 +51,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         "names": options.names,
         "method": method.name,
         "parameters_sha256": method.sha256,
+        "refinement": None if refinement is None else dataclasses.asdict(refinement),
     }
     _begin(folder, settings, command)
 
@@ -99,7 +103,7 @@ def _parser() -> cli.Arguments:
     return parser
 
 
-def _method(options: argparse.Namespace) -> "Method":
+def _method(options: argparse.Namespace, refinement: "Refinement | None") -> "Method":
     """What the command line names to register with."""
     from dilformer_jax.registration import classical, syn
     from dilformer_jax.registration.evaluation import Method, method_of
@@ -109,7 +113,6 @@ def _method(options: argparse.Namespace) -> "Method":
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none"
         raise BadInput(f"Pairs are registered by one of --workdir, --weights and --method; {found} given.")
-    refinement = cli.refinement(options)
     if options.method in ("affine", "syn"):
         if refinement is not None:
             raise BadInput(f"--refine goes on from a network or from the identity, not from {options.method}.")

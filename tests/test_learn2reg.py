@@ -74,7 +74,9 @@ def toy_method(monkeypatch) -> list[Path]:
         return wave(int(names[0].name[4:8]))
 
     nothing = lambda shape, name: None
-    monkeypatch.setattr(command, "_method", lambda options: Method("toy", displacement, nothing, nothing, "0" * 64))
+    monkeypatch.setattr(
+        command, "_method", lambda options, refinement: Method("toy", displacement, nothing, nothing, "0" * 64)
+    )
     return asked
 
 
@@ -138,6 +140,8 @@ def test_stopped_it_goes_on_and_does_not_mix_methods(dataset, toy_method, tmp_pa
     assert len(toy_method) == 3
     said = refused(capsys, dataset, "--output", tmp_path / "out", "--names", "long")
     assert "whose names is short, not long; choose another --output" in said
+    said = refused(capsys, dataset, "--output", tmp_path / "out", "--refine", "9")
+    assert "whose refinement is None, not {'steps': 9," in said
     (tmp_path / "out" / command.RUN).unlink()
     assert "no learn2reg.json that says how they were made" in refused(capsys, dataset, "--output", tmp_path / "out")
 
