@@ -47,6 +47,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         "names": options.names,
         "method": method.name,
         "parameters_sha256": method.sha256,
+        "method_settings": json.loads(json.dumps(method.settings)),
     }
     _begin(folder, settings, command)
 

@@ -1,6 +1,9 @@
 """Learn2Reg submissions, read back as the organisers' evaluation.py reads them: nibabel and `map_coordinates`."""
 
+import argparse
+import dataclasses
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -127,7 +130,7 @@ def test_the_form_of_2021_is_enlarged_to_the_displacement(dataset, toy_method, t
     assert "the form of 2021; give --form 2021 to check that" in fault
 
 
-def test_stopped_it_goes_on_and_does_not_mix_methods(dataset, toy_method, tmp_path, capsys):
+def test_stopped_it_goes_on_and_does_not_mix_methods(dataset, toy_method, tmp_path, capsys, monkeypatch):
     ran(dataset, "--output", tmp_path / "out")
     assert [path.name for path in toy_method] == ["TOY_0402_0000.nii.gz", "TOY_0403_0000.nii.gz"]
     (tmp_path / "out" / f"{STEMS[1]}.nii.gz").unlink()
@@ -136,6 +139,11 @@ def test_stopped_it_goes_on_and_does_not_mix_methods(dataset, toy_method, tmp_pa
     assert len(toy_method) == 3
     said = refused(capsys, dataset, "--output", tmp_path / "out", "--names", "long")
     assert "whose names is short, not long; choose another --output" in said
+    toy = command._method(argparse.Namespace())
+    refined = dataclasses.replace(toy, settings={"refinement": {"steps": 9}})
+    monkeypatch.setattr(command, "_method", lambda options: refined)
+    said = refused(capsys, dataset, "--output", tmp_path / "out")
+    assert "whose method_settings is {}, not {'refinement': {'steps': 9}}" in said
     (tmp_path / "out" / command.RUN).unlink()
     assert "no learn2reg.json that says how they were made" in refused(capsys, dataset, "--output", tmp_path / "out")
 
@@ -187,8 +195,6 @@ class Aligned:
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(dataset, tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.chdir(tmp_path)
-    import re
-
     assert re.search(said, refused(capsys, dataset, *options))
     assert not (tmp_path / "o").exists()
 
@@ -276,6 +282,17 @@ def test_each_fault_has_its_sentence(dataset, toy_method, tmp_path, capsys):
     assert "cannot be read (Object arrays" in checked(dataset, tmp_path / "bad")[0][0]
     shutil.copy(tmp_path / "good" / name, tmp_path / "bad" / name)
     assert f"{STEMS[0]}.npz and {name}" in checked(dataset, tmp_path / "bad")[0][0]
+
+
+def test_two_modalities_must_be_named(tmp_path):
+    """As CuRIOUS's, whose zero fields in the organisers' repository have short names that their script refuses."""
+    entry = {role: f"CuRIOUS_0003_{number}.nii.gz" for role, number in (("fixed", "0000"), ("moving", "0002"))}
+    pair = learn2reg._pair(entry, Path("d.json"))
+    task = learn2reg.Task("CuRIOUS", "val", SHAPE, (pair,), tmp_path, False)
+    stored(tmp_path / "disp_0003_0003.nii.gz", wave(0))
+    found = [*submissions.findings(task, tmp_path)]
+    assert "; disp_0003_0003.nii.gz does not name the modalities." in found[0].faults[0]
+    assert "disp_0003_0003.nii.gz in" in found[1].doubts[0]
 
 
 def test_normalised_coordinates_raise_a_doubt(dataset, toy_method, tmp_path):

@@ -114,11 +114,15 @@ def _instead(pair: Pair, files: _Files) -> str:
         if f"{name}.nii" in files:
             return f"; {name}.nii is not compressed"
     (fixed, here), (moving, there) = pair.fixed_numbers, pair.moving_numbers
-    for turned in (f"disp_{moving}_{fixed}", f"disp_{moving}_{there}_{fixed}_{here}", f"disp_{fixed}_{moving}"):
+    first = "names the moving image first"
+    for name, said in (
+        (f"disp_{fixed}_{moving}", "does not name the modalities"),
+        (f"disp_{moving}_{fixed}", first),
+        (f"disp_{moving}_{there}_{fixed}_{here}", first),
+    ):
         for suffix in SUFFIXES:
-            if f"{turned}{suffix}" in files and turned not in pair.names:
-                order = "names the moving image first" if turned.startswith(f"disp_{moving}") else "has no modalities"
-                return f"; {turned}{suffix} {order}"
+            if name not in pair.names and f"{name}{suffix}" in files:
+                return f"; {name}{suffix} {said}"
     return ""
 
 
