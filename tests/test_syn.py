@@ -153,7 +153,6 @@ def test_what_it_moves_is_what_ants_moves(monkeypatch, tmp_path, affine):
     np.testing.assert_allclose(warped(scaled, u, 1)[within], expected[within], atol=1e-3)
     unlike = lambda a: 1 - np.corrcoef(a[within], fixed[within])[0, 1]
     assert unlike(expected) < 0.7 * unlike(moving)
-    np.testing.assert_allclose(syn.displacement(fixed, moving * 1000, SIZES, how), u, atol=1e-3)
 
 
 @pytest.mark.parametrize("orientation", ["LAS anisotropic", "oblique anisotropic LIA"])
