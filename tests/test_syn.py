@@ -92,10 +92,10 @@ def test_a_warp_and_an_affine_of_itk_are_one_displacement_in_voxels(tmp_path, or
 
 
 def test_the_name_says_every_setting():
-    assert Syn().name == "SyNOnly, mean squares, 160x80x40 iterations, SyN[0.2,3,0]"  # TransMorph's
-    other = Syn("CC", iterations=(10, 5), step=0.1, affine=True, total_smoothing=1.5)
-    assert other.name == "SyN, CC radius 4, 10x5 iterations, SyN[0.1,3,1.5]"
-    assert Syn("mattes", 32).name.startswith("SyNOnly, Mattes MI 32 bins,")
+    assert Syn().name == "SyN, mean squares, 160x80x40 iterations, SyN[0.2,3,0]"
+    other = Syn("CC", iterations=(10, 5), step=0.1, affine=False, total_smoothing=1.5)
+    assert other.name == "SyNOnly, CC radius 4, 10x5 iterations, SyN[0.1,3,1.5]"
+    assert Syn("mattes", 32).name.startswith("SyN, Mattes MI 32 bins,")
     with pytest.raises(ValueError, match="CC, meansquares, mattes, not 'ssd'"):
         Syn("ssd")
 
@@ -153,7 +153,6 @@ def test_what_it_moves_is_what_ants_moves(monkeypatch, tmp_path, affine):
     np.testing.assert_allclose(warped(scaled, u, 1)[within], expected[within], atol=1e-3)
     unlike = lambda a: 1 - np.corrcoef(a[within], fixed[within])[0, 1]
     assert unlike(expected) < 0.7 * unlike(moving)
-    np.testing.assert_allclose(syn.displacement(fixed, moving * 1000, SIZES, how), u, atol=1e-3)
 
 
 @pytest.mark.parametrize("orientation", ["LAS anisotropic", "oblique anisotropic LIA"])
