@@ -37,6 +37,21 @@ class Arguments(argparse.ArgumentParser):
         raise BadInput(f"{self.prog}: {message}; see {self.prog} --help.")
 
 
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """The options of which `registration.methods.chosen` makes a method, those of its refinement among them."""
+    parser.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
+    parser.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        help="doing nothing (with --refine, refinement alone), an affine map, or ANTs' SyN",
+    )
+    parser.add_argument(
+        "--syn-iterations", type=int, nargs="+", metavar="N", help="of SyN on its levels, coarse to fine (160 80 40)"
+    )
+    add_refinement(parser, "none")
+
+
 def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:
     """The options of which `refinement` makes a Refinement."""
     parser.add_argument("--refine", type=int, metavar="N", help=f"steps of instance optimisation ({default})")

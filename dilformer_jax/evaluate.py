@@ -44,7 +44,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     known = _selection(options)
     task = _task(options, known)
     worth = selection.sentence(task, None if options.method else known)
-    method = methods.chosen(options.method, options.weights, options.workdir, cli.refinement(options))
+    method = methods.chosen(
+        options.method, options.weights, options.workdir, cli.refinement(options), options.syn_iterations
+    )
     scoring = Scoring(task.labels, task.groups, options.tolerance)
     evaluation.check(task.pairs, method)
     output = options.output or (options.workdir or Path()) / _folder(options)
@@ -128,14 +130,7 @@ def _parser() -> cli.Arguments:
     parser = cli.Arguments(
         prog="dilformer evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
-    parser.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
-    parser.add_argument(
-        "--method",
-        choices=cli.METHODS,
-        help="doing nothing (with --refine, refinement alone), an affine map, or ANTs' SyN",
-    )
-    cli.add_refinement(parser, "none")
+    cli.add_method(parser)
     pairs = parser.add_mutually_exclusive_group()
     pairs.add_argument("--protocol", metavar="NAME", help=f"one of {', '.join(PROTOCOLS)}; needs --data")
     pairs.add_argument("--pairs", type=Path, metavar="CSV", help="its pairs, or those whose split is test")

@@ -80,10 +80,7 @@ def _parser() -> cli.Arguments:
     parser.add_argument("--dataset", type=Path, required=True, metavar="JSON", help="the task's NAME_dataset.json")
     parser.add_argument("--data", type=Path, help="folder that its paths start from (its own)")
     parser.add_argument("--split", choices=tuple(learn2reg.SPLITS), default="val", help="whose pairs (val)")
-    parser.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
-    parser.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
-    parser.add_argument("--method", choices=cli.METHODS, help="instead of a network")
-    cli.add_refinement(parser, "none")
+    cli.add_method(parser)
     parser.add_argument("--output", type=Path, help="folder for the displacements; stopped, it goes on there")
     parser.add_argument(
         "--form", choices=tuple(learn2reg.FORMS), default="nifti", help="whole grid, or 2021's half grid in float16"
@@ -107,7 +104,9 @@ def _method(options: argparse.Namespace) -> "Method":
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none"
         raise BadInput(f"Pairs are registered by one of --workdir, --weights and --method; {found} given.")
-    return methods.chosen(options.method, options.weights, options.workdir, cli.refinement(options))
+    return methods.chosen(
+        options.method, options.weights, options.workdir, cli.refinement(options), options.syn_iterations
+    )
 
 
 def _look(task: Task, method: "Method") -> None:

@@ -10,9 +10,10 @@ import SimpleITK as sitk
 from orientations import PAIRS, SKEW, volume
 from scipy import ndimage
 
-from dilformer_jax.io.volumes import Volume
+from dilformer_jax.io.volumes import BadInput, Volume
 from dilformer_jax.ops import folding
 from dilformer_jax.registration import methods
+from dilformer_jax.registration.refine import Refinement
 
 MATRIX = np.eye(4)
 MATRIX[:3, :3] += 0.3 * SKEW + np.diag([0.05, -0.03, 0.1])
@@ -50,3 +51,12 @@ def test_on_one_grid_an_alignment_folds_nothing_and_has_no_spread(monkeypatch):
     np.testing.assert_allclose(u[3, 2, 5] - u[0, 0, 0], (linear - np.eye(3)) @ [3, 2, 5], atol=1e-5)
     np.testing.assert_allclose(folding.jacobian_determinant(u), np.linalg.det(MATRIX[:3, :3]), rtol=1e-5)
     assert folding.folding_percent(u) == 0 and folding.sdlogj(u) < 1e-6
+
+
+def test_what_cannot_be_chosen():
+    for name, iterations in (("identity", [40, 20]), ("syn", [40, -1]), ("syn", [0, 0])):
+        with pytest.raises(BadInput, match="--syn-iterations is for --method syn"):
+            methods.chosen(name, None, None, None, iterations)
+    with pytest.raises(BadInput, match="not from --method syn"):
+        methods.chosen("syn", None, None, Refinement(5))
+    assert methods.chosen("identity", None, None, Refinement(5)).settings["refinement"]["steps"] == 5

@@ -1,6 +1,6 @@
 """What is scored: doing nothing, an affine map, SyN, a network, refinement, each as one function of two images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,13 +114,21 @@ def refined(method: Method, predictor: Predictor | None, refinement: Refinement)
     return Method(name, displacement, compile_both, check_both, settings, method.sha256, method.parameters)
 
 
-def chosen(name: str | None, weights: Path | None, workdir: Path | None, refinement: Refinement | None) -> Method:
+def chosen(
+    name: str | None,
+    weights: Path | None,
+    workdir: Path | None,
+    refinement: Refinement | None,
+    syn_iterations: Sequence[int] | None = None,
+) -> Method:
     """The method of this name, one of 'identity', 'affine' and 'syn', or without one the network of the weights or of
-    the workdir; with a refinement, refined. Raises BadInput where it cannot be, or cannot be refined."""
+    the workdir; with a refinement, refined; SyN with so many iterations. Raises BadInput where that cannot be."""
+    if syn_iterations is not None and (name != "syn" or min(syn_iterations) < 0 or max(syn_iterations) < 1):
+        raise BadInput("--syn-iterations is for --method syn: how many on each level, none below 0 and not all 0.")
     if name in ("affine", "syn"):
         if refinement is not None:
             raise BadInput(f"--refine goes on from a network or from the identity, not from --method {name}.")
-        return affine() if name == "affine" else syn()
+        return affine() if name == "affine" else syn(Syn(iterations=tuple(syn_iterations or Syn.iterations)))
     predictor = None if name == "identity" else load_predictor(weights, workdir)
     method = identity() if predictor is None else network(predictor)
     return method if refinement is None else refined(method, predictor, refinement)

@@ -15,7 +15,8 @@ from dilformer_jax.registration.grids import content
 from dilformer_jax.registration.pipeline import warp_labels
 
 DEFINITION = {
-    "displacement": "on the grid of the image files, in voxels, moved(x) = moving(x + u(x))",
+    "displacement": "on the grid of the image files, in voxels, moved(x) = moving(x + u(x)); an affine map that a "
+    "method begins with is part of it",
     "dice": "2|A∩B| / (|A| + |B|) of each label, the moving label map warped once by nearest neighbour on the grid of "
     "its file; a pair's value is the mean over the labels that both its subjects have",
     "dice_absent0": "the same, a label missing from either subject counted as 0, as where a fixed list is scored",
