@@ -4,12 +4,12 @@ import importlib
 import sys
 
 COMMANDS = {
-    "prepare": "prepares a public data set, or files of your own, for training and evaluation",
     "train": "trains a network, validates, and goes on by itself where it was stopped",
     "evaluate": "measures a trained network, or another method, over a set of pairs",
     "register": "registers two images and writes the moved image and the transform",
     "apply": "carries images, labels and points through transforms that were saved",
     "export": "writes a trained network's parameters to files that need no JAX to read",
+    "prepare": "prepares a public data set, or files of your own, for training and evaluation",
     "doctor": "looks at versions, devices and settings, forecasts memory, and tests itself",
 }
 
