@@ -4,7 +4,6 @@ import importlib
 import sys
 
 COMMANDS = {
-    "prepare": "prepares a public data set, or files of your own, for training and evaluation",
     "train": "trains a network, validates, and goes on by itself where it was stopped",
     "evaluate": "measures a trained network, or another method, over a set of pairs",
     "compare": "makes one table and one figure of several methods that were evaluated",
@@ -12,6 +11,7 @@ COMMANDS = {
     "apply": "carries images, labels and points through transforms that were saved",
     "learn2reg": "writes a submission to a Learn2Reg challenge, or checks one as the organisers will",
     "export": "writes a trained network's parameters to files that need no JAX to read",
+    "prepare": "prepares a public data set, or files of your own, for training and evaluation",
     "doctor": "looks at versions, devices and settings, forecasts memory, and tests itself",
 }
 

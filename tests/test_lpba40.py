@@ -162,3 +162,5 @@ def test_the_real_lpba40_has_552_and_30_pairs(shared_data):
     assert [len(pairs) for pairs in (dataset.train, dataset.validation, dataset.test)] == [552, 30, 0]
     assert dataset.train[0].name == "S11_to_S12" and dataset.validation[-1].name == "S40_to_S39"
     assert all(pair.fixed.labels is not None for pair in dataset.train + dataset.validation)
+    # Their headers say LPS, their regions RAS: half a turn about the axis that points up, the same for all.
+    assert axes_of(np.asarray(nib.load(dataset.validation[0].fixed.labels).dataobj)) == "RAS"

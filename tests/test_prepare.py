@@ -305,3 +305,22 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, source, capsys, monkeypatch, 
     monkeypatch.setattr(prepare, "_aligner", lambda: None if arguments[0] != "--align" else (lambda *_: None))
     told = refused(capsys, "lpba40", "--source", source, "--output", tmp_path / "out", *arguments)
     assert __import__("re").search(said, told) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.data
+def test_real_brains_are_prepared(shared_data, tmp_path):
+    for name in ("S11", "S12"):
+        for kind in ("t1", "seg"):
+            (tmp_path / "in").mkdir(exist_ok=True)
+            (tmp_path / "in" / f"{name}_{kind}.nii.gz").symlink_to(shared_data / "lpba40" / f"{name}_{kind}.nii.gz")
+    run("lpba40", "--source", tmp_path / "in", "--output", tmp_path / "out", "--grid-spacing", 4, "--no-cache")
+    pair = lpba40(tmp_path / "out").train[0]
+    for subject in (pair.fixed, pair.moving):
+        before, after = (
+            voxels(folder / f"{subject.name}_seg.nii.gz") for folder in (tmp_path / "in", tmp_path / "out")
+        )
+        assert after.shape == (40, 48, 40)
+        volumes = [[np.count_nonzero(array == id) for id in (21, 45, 163)] for array in (before, after)]
+        np.testing.assert_allclose(np.array(volumes[1]) * 64, volumes[0], rtol=0.1)
+        # As any program would have it that takes the voxel in the middle, which lies between eight: one of them.
+        assert (after == before[2::4, 2::4, 2::4]).mean() > 0.95
