@@ -34,6 +34,17 @@ def test_folder_without_labels_and_without_validation(tmp_path):
         folder(tmp_path, validation=0.75)
 
 
+def test_folder_keeps_the_last_subjects_to_be_reported(tmp_path):
+    for name in "abcdefghij":
+        write(tmp_path / f"{name}.nii.gz")
+    dataset = folder(tmp_path, test=0.3)
+    assert [pair.name for pair in dataset.validation] == ["f_to_g", "g_to_f"]
+    assert {subject.name for pair in dataset.test for subject in (pair.fixed, pair.moving)} == set("hij")
+    assert len(dataset.train) == 5 * 4
+    with pytest.raises(BadInput, match="10 images, 5 for validation and 4 for test"):
+        folder(tmp_path, validation=0.5, test=0.4)
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

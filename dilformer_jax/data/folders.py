@@ -13,12 +13,13 @@ from dilformer_jax.io.bare import has_labels, is_bare
 from dilformer_jax.io.volumes import BadInput
 
 
-def folder(directory: Path | str, *, validation: float | int = 0.2) -> Dataset:
+def folder(directory: Path | str, *, validation: float | int = 0.2, test: float | int = 0.0) -> Dataset:
     """The files of a folder: NIfTI, or bare arrays with their labels in them, (image, labels) .pkl and VoxelMorph's
     .npz of `vol` and `seg`. NAME_seg or NAME_labels is the label map of NAME_t1, NAME_T1w or NAME.
 
-    By name, the last share `validation` of the subjects (two at least) is kept to choose by and the others train; with
-    fewer than four subjects, or with 0, all train. All ids in the label maps are scored: none without label maps.
+    By name, the last share `test` of the subjects (two at least, none for 0) is kept to be reported, the share
+    `validation` of all (likewise) before them to choose by, and the others train; with fewer than four subjects all
+    train. All ids in the label maps are scored: none without label maps.
 
     Raises BadInput for a folder with fewer than two images, a label map without an image, or two files for one NAME.
     """
@@ -46,12 +47,19 @@ def folder(directory: Path | str, *, validation: float | int = 0.2) -> Dataset:
             "put two or more NAME_t1.nii.gz directly into it."
         )
     subjects = [Subject(name, path, maps.get(name) or _own_labels(path)) for name, path in sorted(images.items())]
-    return _dataset(directory, subjects, validation)
+    return _dataset(directory, subjects, validation, test)
 
 
-def glob(directory: Path | str, *, images: str, labels: str | None = None, validation: float | int = 0.2) -> Dataset:
+def glob(
+    directory: Path | str,
+    *,
+    images: str,
+    labels: str | None = None,
+    validation: float | int = 0.2,
+    test: float | int = 0.0,
+) -> Dataset:
     """The files below a folder that match a pattern such as images="sub-*/anat/*_T1w.nii.gz", with the label maps that
-    match another, if there are any. `validation` and the rest as in `folder`.
+    match another, if there are any. `validation`, `test` and the rest as in `folder`.
 
     A subject's name is what the last wildcard stands for that tells the subjects apart, sub-01 in this pattern, or all
     such wildcards together where no single one does. A label map belongs to the image for which the wildcards stand for
@@ -82,17 +90,21 @@ def glob(directory: Path | str, *, images: str, labels: str | None = None, valid
     subjects = [
         Subject(name, found[parts], maps.get(name) or _own_labels(found[parts])) for parts, name in names.items()
     ]
-    return _dataset(directory, sorted(subjects, key=lambda subject: subject.name), validation)
+    return _dataset(directory, sorted(subjects, key=lambda subject: subject.name), validation, test)
 
 
-def _dataset(directory: Path, subjects: Sequence[Subject], validation: float | int) -> Dataset:
-    """The last share of the subjects is kept to choose by, as `folder` says."""
-    kept = max(2, round(validation * len(subjects))) if validation > 0 and len(subjects) >= 4 else 0
-    if len(subjects) - kept < 2:
-        raise BadInput(f"{directory} has {len(subjects)} images, {kept} for validation; leave two for training.")
-    train, held = subjects[: len(subjects) - kept], subjects[len(subjects) - kept :]
+def _dataset(directory: Path, subjects: Sequence[Subject], validation: float | int, test: float | int) -> Dataset:
+    """The last shares of the subjects are kept, as `folder` says."""
+    count = len(subjects)
+    chosen, reported = (max(2, round(share * count)) if share > 0 and count >= 4 else 0 for share in (validation, test))
+    first, second = count - chosen - reported, count - reported
+    if first < 2:
+        raise BadInput(
+            f"{directory} has {count} images, {chosen} for validation and {reported} for test; leave two for training."
+        )
+    parts = (subjects[:first], subjects[first:second], subjects[second:])
     licence = f"that of the files in {directory}"
-    return Dataset(ordered_pairs(train), ordered_pairs(held), (), label_ids(subjects), licence)
+    return Dataset(*map(ordered_pairs, parts), label_ids(subjects), licence)
 
 
 def _own_labels(path: Path) -> Path | None:
