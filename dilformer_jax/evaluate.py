@@ -112,7 +112,7 @@ def _write(
             "command": command,
             "versions": provenance.versions(),
             "backend": jax.default_backend(),
-            "device": jax.devices()[0].device_kind,
+            "device": about["timing"]["device"],
             "parameters_sha256": method.sha256,
         }
         tables.write_json(folder / "run.json", run)

@@ -171,6 +171,7 @@ def test_time_is_measured_apart_from_scoring_and_once(pairs, tmp_path):
     kept = evaluation.Kept(tmp_path / "rows", pairs, {})
     found = kept.timing(pairs[1], counting(calls))
     assert len(calls) == 1 + evaluation.TIMED_RUNS == 1 + found["runs"]
+    assert found["device"].endswith(f"{os.cpu_count()} cores") and len(found["device"]) > 12
     assert 0 < found["median_seconds"] < 0.1 and found["pair"] == "c_to_b" and found["parameters"] == 12
     assert kept.timing(pairs[1], counting(calls)) == found and len(calls) == 6
     assert json.loads((tmp_path / "rows" / "timing.json").read_text())["found"] == found

@@ -102,9 +102,13 @@ def _dataset(directory: Path, subjects: Sequence[Subject], validation: float | i
         raise BadInput(
             f"{directory} has {count} images, {chosen} for validation and {reported} for test; leave two for training."
         )
-    parts = (subjects[:first], subjects[first:second], subjects[second:])
-    licence = f"that of the files in {directory}"
-    return Dataset(*map(ordered_pairs, parts), label_ids(subjects), licence)
+    return Dataset(
+        ordered_pairs(subjects[:first]),
+        ordered_pairs(subjects[first:second]),
+        ordered_pairs(subjects[second:]),
+        label_ids(subjects),
+        f"that of the files in {directory}",
+    )
 
 
 def _own_labels(path: Path) -> Path | None:

@@ -2,6 +2,8 @@
 each scored while the next one is registered, and what is scored kept until all are."""
 
 import json
+import os
+import platform
 import statistics
 import time
 from collections import deque
@@ -99,13 +101,26 @@ def timing(pair: Pair, method: Method) -> dict[str, Any]:
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds)
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": device_name(),
         "pair": pair.name,
         "compile_seconds": max(0.0, warm - start - median) if method.warms_up else 0.0,
         "median_seconds": median,
         "runs": len(seconds),
         "parameters": method.parameters,
     }
+
+
+def device_name() -> str:
+    """What computes here, by name: the accelerator, or the processor with the number of its cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []  # not Linux
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or 'CPU'}, {os.cpu_count()} cores"
 
 
 class Kept:

@@ -44,7 +44,7 @@ def sentence(task: Task, selection: Selection | None) -> str:
     """What the scores of this task are worth, for the results. Raises BadInput where the protocol is `clean` and a
     subject was trained on or chosen by."""
     if selection is None:
-        return "nothing was trained; settings of the method were not chosen here"
+        return "nothing was trained"
     if selection.dataset != task.dataset:
         return f"trained and chosen on another data set ({selection.dataset})"
     if selection.trained is None or selection.chosen is None:

@@ -162,8 +162,8 @@ def write_text(path: Path, content: str) -> None:
 def timing_text(timing: Row) -> str:
     """How long a pair takes, as `registration.evaluation.timing` measured it, in a sentence."""
     return (
-        f"Time of a pair: {text(timing['median_seconds'])} s, median of {timing['runs']} runs with nothing beside them "
-        f"on {timing['device']}; {text(timing['compile_seconds'])} s to compile."
+        f"Time of a pair: {text(timing['median_seconds'])} s, median of {timing['runs']} runs while no other pair "
+        f"is looked at, on {timing['device']}; {text(timing['compile_seconds'])} s to compile."
     )
 
 
