@@ -20,6 +20,7 @@ from dilformer_jax.io.volumes import BadInput
 if TYPE_CHECKING:
     from dilformer_jax.registration.refine import Refinement
 
+MOST_LABELS = 100_000  # that can be asked for; no atlas has as many
 # Of registration, beside networks.
 METHODS = ("identity", "affine", "syn")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple", ConfigDict: "a dictionary"}
@@ -118,7 +119,10 @@ def label_list(text: str) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
             raise argparse.ArgumentTypeError(f"{text!r} is no list of labels such as 21-34,41 (at {part.strip()!r})")
-        found.extend(range(int(first), int(last or first) + 1))
+        more = range(int(first), int(last or first) + 1)
+        if len(more) + len(found) > MOST_LABELS:
+            raise argparse.ArgumentTypeError(f"{text!r} names more than {MOST_LABELS:,} labels (at {part.strip()!r})")
+        found.extend(more)
     return tuple(dict.fromkeys(found))
 
 

@@ -183,6 +183,7 @@ def test_exchanged_images_and_tolerance(inputs: Path, tmp_path: Path):
         (("--method", "identity", "--pairs", "good.csv", "--shard", "3/2"), "'3/2' is no part of a whole"),
         (("--method", "identity", "--pairs", "good.csv", "--labels", "21-x"), "'21-x' is no list of labels"),
         (("--method", "identity", "--pairs", "good.csv", "--labels", "9-7"), "is no list of labels"),
+        (("--method", "identity", "--pairs", "good.csv", "--labels", "3,1-99999999"), "names more than 100,000 labels"),
         (("--method", "identity", "--pairs", "good.csv", "--weights", "weights"), "--weights says what to evaluate"),
         (("--method", "identity", "--pairs", "lost.csv"), "lost.csv does not exist"),
         (("--method", "identity", "--pairs", "mixed.csv"), "lie on different grids"),
