@@ -34,6 +34,14 @@ def shared_data() -> Path:
     return DATA
 
 
+@pytest.fixture
+def one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions are traced in the form of accelerators alone: a third of the time where nothing is computed."""
+    import jax
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, default, **_: default(*operands))
+
+
 # The files that take longest, which pytest-xdist's workers begin with, so that none is left with one at the end.
 LONGEST = "train", "step", "multihost", "configs", "models", "slabs", "refine", "registration", "benchmark"
 

@@ -38,6 +38,9 @@ def layers(fine, coarse, u, parameters):
         "average": spatial.average(fine),
         "resize": spatial.resize(coarse, FINE if slabs.current() is None else (6, 10, 8)),
         "reduced": spatial.resize(fine, COARSE if slabs.current() is None else (3, 5, 4)),
+        "finer displacement": spatial.resize_displacement(
+            spatial.average(u), FINE if slabs.current() is None else (6, 10, 8)
+        ),
         "Jacobian": spatial.jacobian_determinant(u)[..., None],
     }
 
@@ -155,7 +158,7 @@ def test_a_volume_of_odd_depth_is_not_halved_because_its_slabs_are_even():
         spatial.average(jnp.zeros((4, 4, 4, 1)))
 
 
-def test_a_step_exchanges_halos_and_gathers_nothing():
+def test_a_step_exchanges_halos_and_gathers_nothing(one_form):
     """In the program that JAX hands to the compiler, which divides nothing itself any more: `experiments/scaling.py`
     looks at the compiled ones."""
     module = models.create("dilformer", width=4, levels=2)

@@ -36,15 +36,22 @@ def training(workdir: Path, phantoms: Path, *overrides: str) -> list[str]:
     return command("train", "--config", ROOT / "configs" / "demo.py:tiny", "--workdir", workdir, data, *overrides)
 
 
+# A Dilformer of one level, at half the images' resolution, which is compiled in a quarter of the time.
+ONE_LEVEL = (
+    "--config.model.options.levels=1",
+    "--config.model.options.finest=1",
+    "--config.loss.weights=(1.0,)",
+    "--config.loss.windows=(5,)",
+)
 # Twelve steps, so that a run can be killed amid them; Dice at every fourth, a checkpoint at every second.
-WHOLE = (f"--config.total_steps={STEPS}", "--config.validate_every=4", "--config.checkpoint_every=2")
-# Five steps of four pairs each, by a network that is compiled sooner than with MSR blocks.
+WHOLE = (f"--config.total_steps={STEPS}", "--config.validate_every=4", "--config.checkpoint_every=2", *ONE_LEVEL)
+# Five steps of four pairs each. What several levels need of other slabs `test_slabs` compares.
 FIVE = (
     "--config.batch_size=4",
     "--config.total_steps=5",
     "--config.validate_every=5",
     "--config.checkpoint_every=5",
-    "--config.model.options.msr=False",
+    *ONE_LEVEL,
 )
 
 
