@@ -6,6 +6,7 @@ the one that finds all pairs scored writes the results.
 
 import argparse
 import functools
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -59,14 +60,21 @@ def run(options: argparse.Namespace, command: str) -> None:
     }
     kept = evaluation.Kept(output / UNFINISHED, task.pairs, settings)
     part, parts = options.shard
-    timing = kept.timing(task.pairs[0], method)
     mine = task.pairs[part - 1 :: parts]
+    if not mine:
+        raise BadInput(f"--shard {part}/{parts} has none of the {len(task.pairs)} pairs; give fewer parts.")
+    timing = kept.timing(task.pairs[0], method)
     start, done = time.perf_counter(), sum(kept.row(pair) is not None for pair in mine)
     if done:
         _say(f"{done} of {len(mine)} pairs were scored before; going on with the others.")
     found = evaluation.scores(mine, method, scoring, kept, backward=options.inverse_consistency)
-    for number, row in enumerate(found, 1):
-        _say(_progress(row, done + number, len(mine), (time.perf_counter() - start) / number))
+    try:
+        for number, row in enumerate(found, 1):
+            _say(_progress(row, done + number, len(mine), (time.perf_counter() - start) / number))
+    except BadInput:
+        if all(kept.row(pair) is None for pair in task.pairs):
+            kept.clear()  # nothing to go on from
+        raise
 
     rows = [row for row in map(kept.row, task.pairs) if row is not None]
     if len(rows) < len(task.pairs):
@@ -140,7 +148,7 @@ def _parser() -> cli.Arguments:
     parser.add_argument(
         "--labels", type=cli.label_list, metavar="21-34,41", help="labels to score, else the data set's"
     )
-    parser.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice nsd (1)")
+    parser.add_argument("--tolerance", type=_millimetres, default=1.0, metavar="MM", help="of the surface Dice nsd (1)")
     parser.add_argument(
         "--inverse-consistency", action="store_true", help="register each pair the other way round too, and compare"
     )
@@ -158,6 +166,12 @@ def _folder(options: argparse.Namespace) -> str:
     pairs = options.pairs.stem if options.pairs else options.protocol
     refined = "" if options.refine is None else f"refine{options.refine}" + "-diffeomorphic" * options.diffeomorphic
     return "-".join(part for part in ("evaluation", options.method, pairs, options.split, refined) if part)
+
+
+def _millimetres(text: str) -> float:
+    if not (text.replace(".", "", 1).isdecimal() and math.isfinite(float(text)) and float(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no distance above 0 mm")
+    return float(text)
 
 
 def _ranges(labels: Sequence[int]) -> str:

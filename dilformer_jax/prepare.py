@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -52,10 +52,15 @@ def run(options: argparse.Namespace) -> None:
         options.assume_same_grid,
     )
     preprocessing = None if options.no_cache else resolved(PREPROCESSING | _pairs(options.preprocessing))
-    dataset = _read(options)
+    given = _pairs(options.options)
+    dataset = _read(options, given)
+    if any(pair.points for part in SPLITS for pair in getattr(dataset, part)):
+        print(f"The landmarks of {options.source} are left out: they are of images on other grids.", file=sys.stderr)
     for sentence in missing(options.name, dataset):
         print(sentence, file=sys.stderr)
-    what = Preparation(options.name, dataset, options.source, options.output, settings, options.align, preprocessing)
+    what = Preparation(
+        options.name, dataset, options.source, options.output, settings, options.align, preprocessing, given
+    )
     aligner = None if options.align is None else _aligner()
     count, kept = 0, 0
     with _progress(len(everyone(dataset))) as report:
@@ -104,17 +109,22 @@ def _parser() -> cli.Arguments:
     return parser
 
 
-def _read(options: argparse.Namespace) -> Dataset:
-    """The data set, read with its own options. Raises BadInput for one that it does not have."""
+def _read(options: argparse.Namespace, given: Mapping[str, Any]) -> Dataset:
+    """The data set, read with its own options. Raises BadInput for one that it does not have or cannot take."""
     function = sources.DATASETS[options.name]
-    given = _pairs(options.options)
     known = list(inspect.signature(function).parameters)[1:]
     for key in given:
         if key not in known:
             raise BadInput(f"{options.name} has no option {key!r}; it has {', '.join(known) or 'none'}.")
     if options.name == "glob" and "images" not in given:
         raise BadInput("glob needs a pattern of images; give --options images='sub-*/anat/*_T1w.nii.gz'.")
-    return function(options.source, **given)
+    try:
+        return function(options.source, **given)
+    except TypeError as error:
+        if not given:
+            raise
+        told = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise BadInput(f"{options.name} cannot take --options {told} ({error}); mend them.") from error
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, Any]:

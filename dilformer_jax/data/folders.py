@@ -96,6 +96,9 @@ def glob(
 def _dataset(directory: Path, subjects: Sequence[Subject], validation: float | int, test: float | int) -> Dataset:
     """The last shares of the subjects are kept, as `folder` says."""
     count = len(subjects)
+    for name, share in (("validation", validation), ("test", test)):
+        if not 0 <= share < 1:
+            raise BadInput(f"{name} is {share}, of {directory}; give a share of the subjects, from 0 to less than 1.")
     chosen, reported = (max(2, round(share * count)) if share > 0 and count >= 4 else 0 for share in (validation, test))
     first, second = count - chosen - reported, count - reported
     if first < 2:

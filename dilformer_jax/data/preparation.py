@@ -8,7 +8,7 @@ so that a preparation that was stopped goes on where it stopped.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Preparation:
 
     name: of the data set, by which its reader knows what is prepared of it. align: a subject's name, or an image's
     file, that all are aligned to affinely. preprocessing: that of the training whose volumes are to be kept in
-    `cache/`; None keeps none there.
+    `cache/`; None keeps none there. options: with which the data set was read, since they make its splits.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Preparation:
     settings: Settings = Settings()
     align: str | None = None
     preprocessing: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,9 @@ def _settings(what: Preparation) -> dict[str, Any]:
         align = f"{Path(align).name}, SHA-256 {digest(Path(align))}"
     settings = asdict(what.settings)
     reading = settings.pop("reading")
-    return json.loads(json.dumps({"dataset": what.name, "version": VERSION, "align": align, **settings, **reading}))
+    del reading["nan"]  # what has none is the same either way
+    order = {"dataset": what.name, "version": VERSION, "options": dict(what.options), "align": align}
+    return json.loads(json.dumps({**order, **settings, **reading}))
 
 
 def _check_names(what: Preparation, subjects: Sequence[Subject]) -> None:

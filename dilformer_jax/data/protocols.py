@@ -130,6 +130,8 @@ def task(
     protocol = PROTOCOLS[name]
     if protocol.dataset is not None and kind not in (None, protocol.dataset):
         raise BadInput(f"--protocol {name} is of the data set {protocol.dataset}; leave out --dataset {kind}.")
+    if name == "clean" and part not in (None, "test"):
+        raise BadInput(f"--protocol clean reports the test split; leave out --split {part}.")
     kind = protocol.dataset or kind or "prepared"
     if kind not in sources.DATASETS:
         raise BadInput(f"--dataset {kind} is not known; it is one of {', '.join(sources.DATASETS)}.")

@@ -28,6 +28,8 @@ def read_bare_image(path: Path, part: str | None = None) -> Float32[np.ndarray, 
     Raises BadInput for a missing or damaged file, for anything but 3-D arrays, and for NaN and infinite voxels.
     """
     image = _volume(_contents(path, part)[0], "an image", path)
+    if image.size and np.abs(image).max() > np.finfo(np.float32).max:
+        raise BadInput(f"{path} has voxels of {np.abs(image).max():.3g}, too large for float32; scale them first.")
     return image.astype(np.float32)
 
 

@@ -139,7 +139,8 @@ def read_displacement(path: Path, shape: tuple[int, ...], form: str = "nifti") -
         array = _npz(path) if path.name.endswith(".npz") else _nifti(path)
     except BadInput:
         raise
-    except (*DAMAGE, zipfile.BadZipFile) as error:
+    # NumPy answers a damaged archive with nearly anything, of memory that there is not among it.
+    except (*DAMAGE, zipfile.BadZipFile, TypeError, AttributeError, MemoryError) as error:
         raise BadInput(f"{path.name} cannot be read ({error}); write it again.") from error
     if array.shape != wanted:
         raise BadInput(f"{path.name} has shape {by(array.shape)} where {by(wanted)} is asked for{_hint(array, shape)}.")

@@ -20,12 +20,14 @@ from dilformer_jax.data.preprocessing import load
 from dilformer_jax.data.subjects import Pair, Subject
 from dilformer_jax.data.volumes import opened
 from dilformer_jax.io import points
+from dilformer_jax.io.headers import by
 from dilformer_jax.io.volumes import BadInput, Volume, check_same_grid, replacing
 from dilformer_jax.registration.methods import Method
 from dilformer_jax.registration.scoring import Case, Scoring, row
 
 RAW = {"normalise": "none"}  # the files' own voxels: a predictor does its preprocessing itself
 WAITING = 2  # pairs that are registered and not yet scored: each keeps its volumes
+THINNEST = 3  # voxels
 TIMED_RUNS, TIMED_SECONDS = 5, 20.0
 
 
@@ -35,6 +37,7 @@ def check(pairs: Sequence[Pair], method: Method) -> None:
     for subject in dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)):
         image = opened(subject)
         if image is not None:  # a bare array says nothing but in its whole
+            _check_thick(image.shape[:3], subject.image)
             # An array that takes no memory: only its shape is looked at.
             grids[subject] = Volume(
                 np.broadcast_to(np.float32(0), image.shape[:3]), _affine(subject), subject.image, image.header
@@ -152,7 +155,8 @@ class Kept:
         """`timing` of this pair, measured once."""
         path = self.folder / "timing.json"
         found = self._read(path, _state(pair))
-        if found is None:
+        if not found:
+            self._write(path, _state(pair), {})  # before the work, where it cannot be written
             found = timing(pair, method)
             self._write(path, _state(pair), found)
         return found
@@ -173,10 +177,13 @@ class Kept:
             return None
 
     def _write(self, path: Path, state: object, found: Mapping[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            record = {"settings": self.settings, "state": state, "found": found}
-            partial.write_text(json.dumps(record), encoding="utf-8")
+        record = {"settings": self.settings, "state": state, "found": found}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(record), encoding="utf-8")
+        except OSError as error:
+            raise BadInput(f"{self.folder} cannot be written ({error.strerror}); choose another place.") from error
 
 
 def _state(pair: Pair) -> list[Any]:
@@ -215,7 +222,16 @@ def _points(pair: Pair, fixed: Volume, moving: Volume) -> tuple[np.ndarray, np.n
 def _read_pair(pair: Pair) -> tuple[tuple[Volume, np.ndarray | None], tuple[Volume, np.ndarray | None]]:
     (fixed, fixed_labels), (moving, moving_labels) = _read(pair.fixed), _read(pair.moving)
     check_same_grid(fixed, moving)
+    _check_thick(fixed.array.shape, fixed.path)
     return (fixed, fixed_labels), (moving, moving_labels)
+
+
+def _check_thick(shape: tuple[int, ...], path: Path) -> None:
+    if min(shape) < THINNEST:
+        raise BadInput(
+            f"{path} is {by(shape)}, too thin to be scored: folding is looked for in {THINNEST} voxels or more along "
+            "each axis."
+        )
 
 
 def _read(subject: Subject) -> tuple[Volume, np.ndarray | None]:

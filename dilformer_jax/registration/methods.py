@@ -11,6 +11,7 @@ from jaxtyping import Float32
 
 from dilformer_jax.io import voxel_fields
 from dilformer_jax.io.geometry import spacing
+from dilformer_jax.io.headers import by
 from dilformer_jax.io.volumes import BadInput, Volume
 from dilformer_jax.registration import refine
 from dilformer_jax.registration import syn as ants
@@ -20,6 +21,7 @@ from dilformer_jax.registration.refine import Refinement
 from dilformer_jax.registration.syn import Syn
 
 Displacement = Float32[np.ndarray, "_ _ _ 3"]
+SMALLEST = 8  # voxels along each axis, of what is aligned affinely
 
 
 def _any_shape(shape: tuple[int, ...], name: object) -> None:
@@ -59,7 +61,12 @@ def affine() -> Method:
     def displacement(fixed: Volume, moving: Volume) -> Displacement:
         return voxel_fields.displacement((align(fixed, moving).matrix,), fixed, moving)
 
-    return Method("affine", displacement)
+    return Method("affine", displacement, check_shape=_check_alignable)
+
+
+def _check_alignable(shape: tuple[int, ...], name: Any) -> None:
+    if min(shape) < SMALLEST:
+        raise BadInput(f"{name} is {by(shape)}, too small to align; give {SMALLEST} voxels or more along each axis.")
 
 
 def syn(how: Syn | None = None) -> Method:

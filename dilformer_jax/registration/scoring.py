@@ -99,7 +99,7 @@ def row(case: Case, scoring: Scoring) -> dict[str, Any]:
         "moving": case.pair.moving.name,
         "folding_percent": folding.folding_percent(u, determinant=determinant),
         "folding_mask_percent": folding.folding_percent(u, determinant=determinant, mask=content(case.fixed.array)),
-        "ndv_percent": folding.ndv_percent(u) if min(u.shape[:3]) > 2 else float("nan"),
+        "ndv_percent": folding.ndv_percent(u),
         "sdlogj": folding.sdlogj(u, determinant=determinant) if min(u.shape[:3]) > 4 else float("nan"),
         "seconds": case.seconds,
         "absent": [],

@@ -1,26 +1,30 @@
 """On which subjects a network was trained and chosen: those say nothing of how it does on others."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dilformer_jax.data import sources
-from dilformer_jax.data.protocols import Task, atlas, subjects
+from dilformer_jax.data.protocols import Task, atlas
 from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.models import bundle
 from dilformer_jax.registration.predictor import keywords, read_config
+
+RECORD = "run.json"  # that `train` writes
 
 
 @dataclass(frozen=True)
 class Selection:
     """The data set's kind and options, and the names of the subjects that trained the network and by which its
-    checkpoint was chosen; None where that is not recorded."""
+    checkpoint was chosen, None where that is not recorded; `files` has their images' paths, as far as those are known.
+    """
 
     dataset: str
     options: Mapping[str, Any]
     trained: frozenset[str] | None
     chosen: frozenset[str] | None
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def of_bundle(weights: Path | str) -> Selection:
@@ -31,42 +35,59 @@ def of_bundle(weights: Path | str) -> Selection:
 
 
 def of_run(workdir: Path | str) -> Selection:
-    """As the configuration of a training run says, if its data are still there. Raises BadInput where it is none."""
+    """As a training run recorded when it was started, for the splits of a folder may be others by now. Raises BadInput
+    where the workdir is none."""
     data = read_config(workdir)["data"]
     try:
-        dataset = sources.DATASETS[data["name"]](Path(data["directory"]), **data["options"])
-    except BadInput:
+        record = json.loads((Path(workdir) / RECORD).read_text(encoding="utf-8"))["subjects"]
+        trained, chosen = dict(record["trained"]), dict(record["chosen_by"])
+    except (OSError, ValueError, KeyError, TypeError):
         return Selection(data["name"], data["options"], None, None)
-    return Selection(data["name"], data["options"], subjects(dataset.train), subjects(dataset.validation))
+    return Selection(data["name"], data["options"], frozenset(trained), frozenset(chosen), trained | chosen)
 
 
 def sentence(task: Task, selection: Selection | None) -> str:
     """What the scores of this task are worth, for the results. Raises BadInput where the protocol is `clean` and a
-    subject was trained on or chosen by."""
+    subject was trained on or chosen by, or where that cannot be known."""
     if selection is None:
         return "nothing was trained"
-    if selection.dataset != task.dataset:
-        return f"trained and chosen on another data set ({selection.dataset})"
-    if selection.trained is None or selection.chosen is None:
-        missing = "trained" if selection.trained is None else "chosen"
-        if task.name == "clean":
-            raise BadInput(
-                f"The network does not say on which subjects it was {missing}, which --protocol clean must know; "
-                "export it again from its run, or evaluate the run by --workdir."
-            )
     everywhere = atlas(task.pairs)
-    scored = subjects(task.pairs) - everywhere
-    trained = sorted(scored & (selection.trained or frozenset()))
-    chosen = sorted(scored & (selection.chosen or frozenset()))
-    if task.name == "clean" and (trained or chosen):
+    brains = {
+        subject.name: str(subject.image.absolute())
+        for pair in task.pairs
+        for subject in (pair.fixed, pair.moving)
+        if subject.name not in everywhere
+    }
+    same, clean = selection.dataset == task.dataset, task.name == "clean"
+    known = {path: name for name, path in selection.files.items()}
+
+    def seen(names: frozenset[str] | None) -> list[str]:
+        """Those of the brains that are among these: by their files, or by their names where these mean the same."""
+        return sorted(
+            name
+            for name, path in brains.items()
+            if known.get(path) in (names or ()) or ((same or clean) and name in (names or ()))
+        )
+
+    trained, chosen = seen(selection.trained), seen(selection.chosen)
+    if clean and (trained or chosen):
         raise BadInput(
             f"The network was {'trained' if trained else 'chosen'} on {', '.join((trained or chosen)[:3])}, which "
             "--protocol clean keeps for the test; evaluate a network that has not seen the test split."
         )
+    if clean and (selection.trained is None or selection.chosen is None):
+        missing = "trained" if selection.trained is None else "chosen"
+        raise BadInput(
+            f"The network does not say on which subjects it was {missing}, which --protocol clean must know; train it, "
+            "or export it, again."
+        )
     if trained:
-        return f"TRAINED on {len(trained)} of the {len(scored)} subjects: these are no figures of unseen brains"
+        return f"TRAINED on {len(trained)} of the {len(brains)} subjects: these are no figures of unseen brains"
     if chosen:
-        return f"{len(chosen)} of the {len(scored)} subjects chose the checkpoint: validation figures, not test figures"
+        return f"{len(chosen)} of the {len(brains)} subjects chose the checkpoint: validation figures, not test figures"
     if selection.trained is None or selection.chosen is None:
         return "on which subjects the network was trained or chosen is not recorded"
-    return f"none of the {len(scored)} subjects trained the network or chose its checkpoint"
+    if not same:
+        how = "by their names and files" if selection.files else "by their names"
+        return f"trained and chosen on other subjects, of {selection.dataset}, as far as is to be told {how}"
+    return f"none of the {len(brains)} subjects trained the network or chose its checkpoint"

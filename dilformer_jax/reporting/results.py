@@ -195,6 +195,8 @@ def _run(file: Path, found: Mapping[str, Any]) -> Run:
         number = next(k for k in range(len(found["pairs"])) if (fixed, moving, k) not in pairs)
         pairs[fixed, moving, number] = {key: item for name in row for key, item in _measure(name, row[name])}
     timing = dict(found.get("timing") or {})
+    if timing.get("median_seconds") is not None:
+        timing["median_seconds"] = float(timing["median_seconds"])
     if "device" not in timing and file.with_name("run.json").is_file():
         record = json.loads(file.with_name("run.json").read_text(encoding="utf-8"))
         timing["device"] = record.get("device")
