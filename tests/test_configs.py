@@ -1,6 +1,7 @@
 """Every configuration of configs/: each of its keys is known to the code, and its `:tiny` trains."""
 
 import ast
+import functools
 import inspect
 import json
 import pickle
@@ -41,7 +42,7 @@ SHAPES = {
 each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 tiny_too = pytest.mark.parametrize("argument", ["", ":tiny"], ids=["whole", "tiny"])
 # Whose `:tiny` is trained below, wherever the tests run.
-TRAINED = {"demo", "ixi"}
+TRAINED = {"ixi", "synthseg"}
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -121,7 +122,7 @@ def test_every_key_is_read_by_the_code(path: Path) -> None:
 
 @each
 @tiny_too
-def test_a_step_can_be_made_of_it(path: Path, argument: str) -> None:
+def test_a_step_can_be_made_of_it(path: Path, argument: str, one_form: None) -> None:
     """Traced in the shapes that it will have, without computing or compiling anything."""
     config = cli.load_config(f"{path}{argument}")
     module = models.create(config.model.name, **keywords(config.model.options.to_dict()))
@@ -138,13 +139,14 @@ def test_a_step_can_be_made_of_it(path: Path, argument: str) -> None:
     if argument and path.stem in TRAINED:
         return
     small = jax.ShapeDtypeStruct((1, *3 * (2 * module.downsampling,), 1), jnp.float32)
-    transformation = state.optimiser(total_steps=config.total_steps, **config.optimiser.to_dict())
-    params = jax.eval_shape(module.init, jax.random.key(0), small, small)["params"]
+    state.optimiser(total_steps=config.total_steps, **config.optimiser.to_dict())
     made, labelled = config.data.name == "label_maps", "label_weight" in config.loss
     assert not made or config.loss.label_count == len(STRUCTURES)
     batch = feeding.shapes(image, made=made, labelled=labelled)
     parts = {"similarity", "regulariser"} | ({"overlap"} if labelled else set())
     if not argument:
+        params = jax.eval_shape(module.init, jax.random.key(0), small, small)["params"]
+
         # The loss at its size; the gradient, whose trace takes three times as long, is that of `:tiny`.
         def loss(params: Any, batch: Any) -> Any:
             displacements = module.apply({"params": params}, batch["fixed"], batch["moving"])
@@ -154,22 +156,34 @@ def test_a_step_can_be_made_of_it(path: Path, argument: str) -> None:
 
         assert set(jax.eval_shape(loss, params, batch)[1]) == parts
         return
-    step = state.step_function(
-        module,
-        transformation,
-        config.loss.to_dict(),
-        bidirectional=config.bidirectional,
-        mesh=parallel.mesh(),
-    )
+    options = keywords(config.model.options.to_dict())
+    loss = config.loss.to_dict() | {"regulariser_weight": 1.0}  # a factor
+    assert traced(config.model.name, repr((options, loss)), config.bidirectional, labelled) == parts | {
+        "loss",
+        "regulariser_share",
+        "gradient_norm",
+    }
+
+
+@functools.cache
+def traced(name: str, settings: str, bidirectional: bool, labelled: bool) -> set[str]:
+    """What a step measures that is traced, once for all configurations that differ only in data and numbers."""
+    options, loss = ast.literal_eval(settings)
+    module = models.create(name, **options)
+    transformation = state.optimiser(learning_rate=1e-3, warmup_steps=1, total_steps=4, schedule="cosine", clip=1.0)
+    small = jax.ShapeDtypeStruct((1, *3 * (2 * module.downsampling,), 1), jnp.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), small, small)["params"]
+    image = jax.ShapeDtypeStruct((len(jax.devices()), 32, 32, 32, 1), jnp.float32)
+    step = state.step_function(module, transformation, loss, bidirectional=bidirectional, mesh=parallel.mesh())
 
     def advanced(params: Any, batch: Any) -> Any:
         after, measured = step(state.State(jnp.zeros((), jnp.int32), params, transformation.init(params)), batch)
         return after.params, measured
 
-    after, measured = jax.eval_shape(advanced, params, batch)
+    after, measured = jax.eval_shape(advanced, params, feeding.shapes(image, made=False, labelled=labelled))
     of_leaf = lambda leaf: (leaf.shape, leaf.dtype)
     assert jax.tree.map(of_leaf, after) == jax.tree.map(of_leaf, params)
-    assert set(measured) == parts | {"loss", "regulariser_share", "gradient_norm"}
+    return set(measured)
 
 
 TRAINING = """
@@ -210,7 +224,8 @@ def check(workdir: Path, lowest: float, highest: float, *, highest_loss: float =
 
 
 def test_demo_trains(workdir: Path) -> None:
-    """By its own command, for as many steps as the other tests ask for."""
+    """By its own command, for as many steps as the other tests ask for, and as one level; the step of its own network
+    is traced above."""
     assert len(runs.losses(workdir)) == runs.STEPS
     assert logs.read(workdir / "metrics.jsonl")[0]["dice_identity"] == pytest.approx(0.5174, abs=2e-3)
 

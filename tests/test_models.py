@@ -112,7 +112,7 @@ def computed(name: str) -> Any:
     ],
     ids=str,
 )
-def test_parameters_are_as_many_as_published(name: str, options: dict[str, Any], count: int) -> None:
+def test_parameters_are_as_many_as_published(name: str, options: dict[str, Any], count: int, one_form: None) -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes(models.create(name, **options)))) == count
 
 
@@ -165,7 +165,7 @@ def test_both_directions_are_the_two_single_ones(name: str) -> None:
         assert min(apart) > 1e-2 * size
 
 
-def test_both_streams_have_one_encoder_unless_it_is_asked_for() -> None:
+def test_both_streams_have_one_encoder_unless_it_is_asked_for(one_form: None) -> None:
     shared = shapes(models.create("dilformer", width=4, levels=2))
     separate = shapes(models.create("dilformer", width=4, levels=2, separate_encoders=True))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
