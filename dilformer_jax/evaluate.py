@@ -63,17 +63,16 @@ def run(options: argparse.Namespace, command: str) -> None:
     mine = task.pairs[part - 1 :: parts]
     if not mine:
         raise BadInput(f"--shard {part}/{parts} has none of the {len(task.pairs)} pairs; give fewer parts.")
-    timing = kept.timing(task.pairs[0], method)
-    start, done = time.perf_counter(), sum(kept.row(pair) is not None for pair in mine)
-    if done:
-        _say(f"{done} of {len(mine)} pairs were scored before; going on with the others.")
-    found = evaluation.scores(mine, method, scoring, kept, backward=options.inverse_consistency)
     try:
+        timing = kept.timing(task.pairs[0], method)
+        start, done = time.perf_counter(), sum(kept.row(pair) is not None for pair in mine)
+        if done:
+            _say(f"{done} of {len(mine)} pairs were scored before; going on with the others.")
+        found = evaluation.scores(mine, method, scoring, kept, backward=options.inverse_consistency)
         for number, row in enumerate(found, 1):
             _say(_progress(row, done + number, len(mine), (time.perf_counter() - start) / number))
     except BadInput:
-        if all(kept.row(pair) is None for pair in task.pairs):
-            kept.clear()  # nothing to go on from
+        kept.give_up()
         raise
 
     rows = [row for row in map(kept.row, task.pairs) if row is not None]
@@ -144,7 +143,9 @@ def _parser() -> cli.Arguments:
     pairs.add_argument("--pairs", type=Path, metavar="CSV", help="its pairs, or those whose split is test")
     parser.add_argument("--data", type=Path, help="folder of the data set, as it was distributed or prepared")
     parser.add_argument("--split", choices=SPLITS, help="by default the test split, where its subjects are there")
-    parser.add_argument("--dataset", metavar="NAME", help="what --data holds, for --protocol clean (prepared)")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="what --data holds, for clean (prepared), or without a protocol"
+    )
     parser.add_argument(
         "--labels", type=cli.label_list, metavar="21-34,41", help="labels to score, else the data set's"
     )
@@ -212,11 +213,11 @@ def _task(options: argparse.Namespace, known: "Selection | None") -> Task:
     """The pairs that the command line names, or the validation split of the workdir's own data."""
     from dilformer_jax.registration.predictor import read_config
 
-    if (options.data is None) != (options.protocol is None):
-        raise BadInput("--protocol and --data go together: what is scored, and the folder of its files.")
-    if options.protocol is None and (options.dataset or (options.split and options.pairs)):
-        raise BadInput(f"--{'dataset' if options.dataset else 'split'} is for --protocol; leave it out.")
-    if options.protocol is not None:
+    if (options.data is None) != (options.protocol is None and options.dataset is None):
+        raise BadInput("--data goes with --protocol or --dataset: what is scored, and the folder of its files.")
+    if options.pairs is not None and (options.dataset or options.split):
+        raise BadInput(f"--{'dataset' if options.dataset else 'split'} is for --data; leave it out with --pairs.")
+    if options.data is not None:
         kind = (PROTOCOLS[options.protocol].dataset if options.protocol in PROTOCOLS else None) or options.dataset
         # As the network's own training read this data set, so that its splits are the same ones.
         own = dict(known.options) if known is not None and known.dataset == kind else {}
@@ -230,7 +231,7 @@ def _task(options: argparse.Namespace, known: "Selection | None") -> Task:
         dataset, name = DATASETS[kind](Path(data["directory"]), **data["options"]), kind
         text = f"the {part} pairs of the data that the network was trained with, in {data['directory']}"
     else:
-        raise BadInput("No pairs to evaluate; give --protocol NAME with --data DIR, or --pairs pairs.csv.")
+        raise BadInput("No pairs to evaluate; give --protocol or --dataset with --data DIR, or --pairs pairs.csv.")
     labels = options.labels or dataset.labels
     return Task(name, text, kind, None if options.pairs else part, split(dataset, part), labels, dataset.names)
 

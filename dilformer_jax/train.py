@@ -16,7 +16,7 @@ from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from dilformer_jax import cli
 from dilformer_jax.data.sources import DATASETS
-from dilformer_jax.data.subjects import Pair
+from dilformer_jax.data.subjects import Pair, subjects_of
 from dilformer_jax.io.volumes import BadInput, replacing
 from dilformer_jax.reporting import provenance, tables
 from dilformer_jax.training import logs

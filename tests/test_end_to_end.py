@@ -123,9 +123,7 @@ def test_evaluate_scores_the_run_as_its_training_did(
 
 
 def test_evaluating_the_identity_is_the_overlap_of_the_files(phantoms: Path, tmp_path: Path) -> None:
-    dilformer(
-        "evaluate", "--method", "identity", "--protocol", "folder-validation", "--data", phantoms, "--output", tmp_path
-    )
+    dilformer("evaluate", "--method", "identity", "--dataset", "folder", "--data", phantoms, "--output", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     maps = {name: read_labels(phantoms / f"{name}_seg.nii.gz").array for name in ("phantom_002", "phantom_003")}
     assert len(results["pairs"]) == 2
@@ -342,7 +340,7 @@ def test_an_empty_folder_is_named(spoilt: Path, tmp_path: Path, capsys: pytest.C
     lpba40 = f"{runs.ROOT / 'configs' / 'lpba40.py'}:tiny"
     told = refused(capsys, output, "train", "--config", lpba40, "--workdir", output, *data)
     assert f"{spoilt / 'empty'} has 0 files" in told
-    protocol = ["--protocol", f"{kind}-validation", "--data", spoilt / "empty", "--output", output]
+    protocol = ["--dataset", kind, "--data", spoilt / "empty", "--output", output]
     assert f"{spoilt / 'empty'} has 0 files" in refused(capsys, output, "evaluate", "--method", "identity", *protocol)
 
 

@@ -106,6 +106,21 @@ def test_evaluating_a_network_times_and_warps_as_register_does(inputs: Path, tmp
     assert json.loads((tmp_path / "scores" / "run.json").read_text())["parameters_sha256"]
 
 
+def test_an_output_that_cannot_be_is_said_at_once(inputs: Path, tmp_path: Path, capsys):
+    table = pairs_file(inputs, tmp_path / "pairs.csv", PAIRS[0])
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "unfinished").write_text("mine")
+    for output in ("file", "file/below", "folder"):
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main(
+                ["evaluate", "--method", "identity", "--pairs", str(table), "--output", str(tmp_path / output)]
+            )
+        told = capsys.readouterr().err
+        assert stopped.value.code == 2 and "cannot be written" in told and told.count("\n") == 1
+    assert (tmp_path / "folder" / "unfinished").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
 def results(folder: Path) -> dict:
     """What does not depend on the clock."""
     found = json.loads((folder / "results.json").read_text())
@@ -169,16 +184,16 @@ def test_exchanged_images_and_tolerance(inputs: Path, tmp_path: Path):
         ((), "Nothing to evaluate"),
         (("--method", "identity"), "No pairs to evaluate"),
         (("--pairs", "good.csv"), "Nothing to evaluate"),
-        (("--method", "identity", "--protocol", "lpba40"), "--protocol and --data go together"),
-        (("--method", "identity", "--data", "."), "--protocol and --data go together"),
+        (("--method", "identity", "--protocol", "lpba40"), "--data goes with --protocol or --dataset"),
+        (("--method", "identity", "--data", "."), "--data goes with --protocol or --dataset"),
         (
             ("--method", "identity", "--protocol", "lpba41", "--data", "."),
             "--protocol lpba41 is not known",
         ),
         (("--method", "identity", "--protocol", "lpba40-test", "--data", "."), "give --protocol lpba40 --split test"),
         (("--method", "identity", "--protocol", "lpba40", "--data", "."), "S01_t1.nii.gz"),
-        (("--method", "identity", "--pairs", "good.csv", "--split", "test"), "--split is for --protocol"),
-        (("--method", "identity", "--pairs", "good.csv", "--dataset", "ixi"), "--dataset is for --protocol"),
+        (("--method", "identity", "--pairs", "good.csv", "--split", "test"), "--split is for --data"),
+        (("--method", "identity", "--pairs", "good.csv", "--dataset", "ixi"), "--data goes with"),
         (("--method", "affine", "--pairs", "good.csv", "--refine", "5"), "not from --method affine"),
         (("--method", "identity", "--pairs", "good.csv", "--shard", "3/2"), "'3/2' is no part of a whole"),
         (("--method", "identity", "--pairs", "good.csv", "--labels", "21-x"), "'21-x' is no list of labels"),
@@ -188,6 +203,11 @@ def test_exchanged_images_and_tolerance(inputs: Path, tmp_path: Path):
         (("--method", "identity", "--pairs", "lost.csv"), "lost.csv does not exist"),
         (("--method", "identity", "--pairs", "mixed.csv"), "lie on different grids"),
         (("--weights", "weights", "--pairs", "small.csv"), "small.nii.gz is 15x18x2, too small for"),
+        (("--method", "identity", "--pairs", "small.csv"), "small.nii.gz is 15x18x2, too thin to be scored"),
+        (("--method", "affine", "--pairs", "small.csv"), "small.nii.gz is 15x18x2, too small to align"),
+        (("--method", "identity", "--pairs", "good.csv", "--tolerance", "-1"), "'-1' is no distance above 0 mm"),
+        (("--method", "identity", "--pairs", "good.csv", "--shard", "2/2"), "--shard 2/2 has none of the 1 pairs"),
+        (("--method", "identity", "--pairs", "nan.csv"), "nan.nii.gz has"),
         (("--workdir", "nowhere"), "config.json cannot be read"),
     ],
 )
@@ -196,6 +216,7 @@ def test_what_cannot_be_evaluated(inputs: Path, tmp_path: Path, capsys, monkeypa
     pairs_file(inputs, inputs / "good.csv", PAIRS[0])
     pairs_file(inputs, inputs / "mixed.csv", PAIRS[0], ("fixed", "elsewhere", "", ""))
     pairs_file(inputs, inputs / "small.csv", ("small", "small", "", ""))
+    pairs_file(inputs, inputs / "nan.csv", ("nan", "fixed", "", ""))
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(["evaluate", *arguments, "--output", str(tmp_path / "output")])
     told = capsys.readouterr().err

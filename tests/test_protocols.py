@@ -80,11 +80,21 @@ def test_clean_refuses_splits_that_share_a_subject(lpba40, monkeypatch):
         ("oasis-test", None, "for its test split give --protocol oasis --split test"),
         ("ixi", "lpba40", "--protocol ixi is of the data set ixi; leave out --dataset lpba40"),
         ("clean", "ixo", "--dataset ixo is not known"),
+        (None, "ixo", "--dataset ixo is not known"),
     ],
 )
 def test_names_that_are_none(name, kind, sentence, tmp_path):
     with pytest.raises(BadInput, match=sentence):
         protocols.task(name, tmp_path, None, kind, {})
+
+
+def test_clean_reports_the_test_split_alone_and_without_a_protocol_any_is(lpba40):
+    directory = lpba40(11, 12, 35, 36)
+    with pytest.raises(BadInput, match="--protocol clean reports the test split; leave out --split train"):
+        protocols.task("clean", directory, "train", "lpba40", {})
+    task = protocols.task(None, directory, "train", "lpba40", {})
+    assert (task.name, task.split, names(task)) == ("lpba40", "train", ["S11_to_S12", "S12_to_S11"])
+    assert protocols.task(None, directory, None, "lpba40", {}).split == "validation"
 
 
 def test_every_protocol_says_what_is_scored():
@@ -102,7 +112,7 @@ def test_scores_say_who_trained_and_who_chose(lpba40, tmp_path):
     assert say(known(frozenset({"S11"}), frozenset({"S35", "S37"}))).startswith("2 of the 3 subjects chose")
     assert say(known(frozenset({"S36"}), frozenset({"S35"}))).startswith("TRAINED on 1 of the 3")
     assert "not recorded" in say(known(frozenset({"S11"}), None))
-    assert "another data set (synthseg)" in say(known(frozenset({"S35"}), None, "synthseg"))
+    assert "on other subjects, of synthseg" in say(known(frozenset({"S35"}), None, "synthseg"))
     assert "nothing was trained" in say(None)
 
 
@@ -115,6 +125,12 @@ def test_clean_refuses_a_network_that_knows_the_test_split(lpba40):
         selection.sentence(task, known(frozenset({"z"}), frozenset({"y"})))
     with pytest.raises(BadInput, match="The network was trained on x"):
         selection.sentence(task, known(frozenset({"x"}), frozenset()))
+    # Under other names, in another form, they are the same files.
+    elsewhere = selection.Selection(
+        "folder", {}, frozenset({"z"}), frozenset({"w"}), {"w": str(Path("y.nii").absolute())}
+    )
+    with pytest.raises(BadInput, match="The network was chosen on y"):
+        selection.sentence(task, elsewhere)
     with pytest.raises(BadInput, match="does not say on which subjects it was chosen"):
         selection.sentence(task, known(frozenset({"z"}), None))
 
@@ -129,10 +145,10 @@ def test_bundles_and_runs_know_their_subjects(tmp_path, lpba40):
 
     run = tmp_path / "run"
     run.mkdir()
-    data = {"name": "lpba40", "directory": str(lpba40(11, 12, 35, 36)), "options": {}}
+    data = {"name": "lpba40", "directory": str(tmp_path), "options": {}}
     (run / "config.json").write_text(json.dumps({"model": {}, "data": data}))
+    assert selection.of_run(run).trained is None  # of a run that did not record it
+    subjects = {"trained": {"S11": "/S11.nii", "S12": "/S12.nii"}, "chosen_by": {"S35": "/S35.nii"}}
+    (run / "run.json").write_text(json.dumps({"subjects": subjects}))
     found = selection.of_run(run)
-    assert (found.trained, found.chosen) == ({"S11", "S12"}, {"S35", "S36"})
-    data["directory"] = str(tmp_path / "gone")
-    (run / "config.json").write_text(json.dumps({"model": {}, "data": data}))
-    assert selection.of_run(run).trained is None
+    assert (found.trained, found.chosen, found.files["S12"]) == ({"S11", "S12"}, {"S35"}, "/S12.nii")

@@ -111,23 +111,24 @@ PROTOCOLS = {
 
 
 def task(
-    name: str,
+    name: str | None,
     directory: Path,
     part: str | None,
     kind: str | None,
     options: Mapping[str, Any],
     labels: Sequence[int] = (),
 ) -> Task:
-    """The pairs of a protocol in this folder; `part` is the split, `kind` the data set of a protocol for any.
+    """The pairs of a protocol in this folder; `part` is the split, `kind` the data set of a protocol for any. Without a
+    name they are those of a split of the data set, under no protocol.
 
     `options` are the data set's, `labels` instead of its own. Raises BadInput for a name that is none, a split without
     pairs, and for `clean` where a subject is in two splits.
     """
-    if name not in PROTOCOLS:
+    if name is not None and name not in PROTOCOLS:
         stem, _, end = name.rpartition("-")
         hint = f"; for its {end} split give --protocol {stem} --split {end}" if end in SPLITS else ""
         raise BadInput(f"--protocol {name} is not known; it is one of {', '.join(PROTOCOLS)}{hint}.")
-    protocol = PROTOCOLS[name]
+    protocol = Protocol(kind, f"the pairs of the data set {kind} in {directory}") if name is None else PROTOCOLS[name]
     if protocol.dataset is not None and kind not in (None, protocol.dataset):
         raise BadInput(f"--protocol {name} is of the data set {protocol.dataset}; leave out --dataset {kind}.")
     if name == "clean" and part not in (None, "test"):
@@ -149,7 +150,7 @@ def task(
                 f"{name} scores; add that subject, or take another protocol."
             )
     return Task(
-        name,
+        name or kind,
         protocol.text,
         kind,
         part,

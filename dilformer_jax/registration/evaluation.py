@@ -37,7 +37,6 @@ def check(pairs: Sequence[Pair], method: Method) -> None:
     for subject in dict.fromkeys(subject for pair in pairs for subject in (pair.fixed, pair.moving)):
         image = opened(subject)
         if image is not None:  # a bare array says nothing but in its whole
-            _check_thick(image.shape[:3], subject.image)
             # An array that takes no memory: only its shape is looked at.
             grids[subject] = Volume(
                 np.broadcast_to(np.float32(0), image.shape[:3]), _affine(subject), subject.image, image.header
@@ -46,6 +45,7 @@ def check(pairs: Sequence[Pair], method: Method) -> None:
         if pair.fixed in grids and pair.moving in grids:
             check_same_grid(grids[pair.fixed], grids[pair.moving])
             method.check_shape(grids[pair.fixed].array.shape, pair.fixed.image)
+            _check_thick(grids[pair.fixed].array.shape, pair.fixed.image)
 
 
 def scores(
@@ -135,6 +135,7 @@ class Kept:
 
     def __init__(self, folder: Path, pairs: Sequence[Pair], settings: Mapping[str, Any]):
         self.folder = folder
+        self._output_is_new = not folder.parent.exists()
         self.settings = json.loads(json.dumps(settings))
         self._paths = {pair: folder / f"{number:05d}.json" for number, pair in enumerate(pairs)}
 
@@ -167,6 +168,13 @@ class Kept:
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+    def give_up(self) -> None:
+        """Leaves nothing behind where no pair was scored: nothing to go on from."""
+        if self.folder.is_dir() and all(self.row(pair) is None for pair in self._paths):
+            self.clear()
+            if self._output_is_new and self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()
 
     def _read(self, path: Path, state: object) -> dict[str, Any] | None:
         try:

@@ -85,9 +85,9 @@ def sentence(task: Task, selection: Selection | None) -> str:
         return f"TRAINED on {len(trained)} of the {len(brains)} subjects: these are no figures of unseen brains"
     if chosen:
         return f"{len(chosen)} of the {len(brains)} subjects chose the checkpoint: validation figures, not test figures"
-    if selection.trained is None or selection.chosen is None:
-        return "on which subjects the network was trained or chosen is not recorded"
     if not same:
         how = "by their names and files" if selection.files else "by their names"
         return f"trained and chosen on other subjects, of {selection.dataset}, as far as is to be told {how}"
+    if selection.trained is None or selection.chosen is None:
+        return "on which subjects the network was trained or chosen is not recorded"
     return f"none of the {len(brains)} subjects trained the network or chose its checkpoint"
