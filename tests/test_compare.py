@@ -316,3 +316,11 @@ def test_comparing_imports_no_jax(runs, tmp_path):
         [sys.executable, "-c", code, *runs, "--output", str(tmp_path / "out")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_brains_that_are_always_in_the_same_pairs_are_drawn_together(tmp_path, undrawn, capsys):
+    chosen = [row for row in pairs_of(0.2) if {row["fixed"], row["moving"]} in ({"A", "B"}, {"C", "D"})]
+    compared(tmp_path / "out", write(tmp_path / "net", "net", chosen))
+    assert "2 groups of brains that are in the same pairs are drawn" in capsys.readouterr().out
+    compared(tmp_path / "all", write(tmp_path / "other", "net", pairs_of(0.2)))
+    assert "6 brains are drawn" in capsys.readouterr().out

@@ -50,8 +50,11 @@ def explained(within: Common, design: Design, resamples: int, tested: int) -> li
     else:
         kinds = {1: "", 2: " (fixed and moving ones, each by themselves)"}[len(design.sizes)]
         stays = f"; {', '.join(held)}, in every pair, stays" if held else ""
+        varying = len({brain for fixed, moving, _ in within.pairs for brain in (fixed, moving)}) - len(held)
+        # Brains that are always in the same pairs are drawn together.
+        what = "brains" if sum(design.sizes) == varying else "groups of brains that are in the same pairs"
         drawing = (
-            f"95 % intervals are by bootstrap over subjects: {drawn} brains{kinds} are drawn with replacement, "
+            f"95 % intervals are by bootstrap over subjects: {drawn} {what}{kinds} are drawn with replacement, "
             f"{resamples} times (seed {SEED}), and a pair counts as often as both of its brains were drawn (pigeonhole "
             f"bootstrap, Owen 2007; Davezies et al. 2021){stays}. Percentiles are expanded for few brains (Hesterberg "
             "2015; `reporting/statistics.py` has the formula)."
