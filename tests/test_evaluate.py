@@ -76,6 +76,7 @@ def test_evaluating_the_identity(inputs: Path, tmp_path: Path, capsys):
         "report.html",
         "results.csv",
         "results.json",
+        "results_pairs.csv",
         "run.json",
         "summary.md",
         "worst.png",

@@ -77,7 +77,12 @@ def test_results_json_is_strict_and_round_trips(results):
     assert "dice_before" not in read["summary"] and "sdlogj" not in read["summary"]
     assert "population" in read["statistics"]
     assert read["summary"] == summary
-    assert sorted(path.name for path in output.iterdir()) == ["results.csv", "results.json", "summary.md"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "results.csv",
+        "results.json",
+        "results_pairs.csv",
+        "summary.md",
+    ]
 
 
 def test_results_csv_has_a_row_for_each_pair_and_label(results):
@@ -88,6 +93,16 @@ def test_results_csv_has_a_row_for_each_pair_and_label(results):
     assert states["A_from_B", "22"] == ("present", "0.8", "3.0")
     assert states["A_from_B", "165"] == ("absent", "", "")
     assert states["B_from_A", "22"] == ("vanished", "0.0", "")
+
+
+def test_each_pair_has_a_row_of_its_means_whether_it_has_labels_or_not(results, tmp_path):
+    first, second = csv_of(results[0] / "results_pairs.csv")
+    assert list(first) == ["pair", "fixed", "moving", "dice", "hd95", "folding_percent", "seconds"]
+    assert (first["pair"], float(first["hd95"]), second["hd95"]) == ("A_from_B", 2.0, "")
+    assert np.mean([float(row["dice"]) for row in (first, second)]) == pytest.approx(results[1]["dice"]["mean"])
+    tables.write_results(tmp_path, "mine", "", [{"name": "c_to_d", "tre_mm": 1.5, "folding_percent": 0.25}], [])
+    (row,) = csv_of(tmp_path / "results_pairs.csv")
+    assert row == {"pair": "c_to_d", "fixed": "", "moving": "", "tre_mm": "1.5", "folding_percent": "0.25"}
 
 
 def test_summary_page_has_every_metric_and_structure(results):
@@ -143,6 +158,7 @@ def test_results_that_cannot_be_written_leave_the_old_ones(results, tmp_path):
         "file",
         "results.csv",
         "results.json",
+        "results_pairs.csv",
         "summary.md",
     ]
 

@@ -110,7 +110,8 @@ def write_results(
     labels: Sequence[int],
     about: Row | None = None,
 ) -> Summary:
-    """Write results.json, results.csv and summary.md into the folder `output`, and return the summary.
+    """Write results.json, results.csv (a row for each pair and label), results_pairs.csv (a row for each pair) and
+    summary.md into the folder `output`, and return the summary.
 
     A pair has `name`, `fixed`, `moving`, those of `METRICS` that were measured (`dice` and the like being the mean over
     its labels), `<metric>_per_label` as {label: value or NaN}, and the lists `absent` and `vanished` of its labels.
@@ -144,6 +145,10 @@ def write_results(
     }
     write_json(output / "results.json", results)
     write_text(output / "results.csv", csv_text(rows))
+    known = [metric for metric in METRICS if any(metric in pair for pair in pairs)]
+    about_pair = lambda pair: {"pair": pair["name"], "fixed": pair.get("fixed"), "moving": pair.get("moving")}
+    each = [about_pair(pair) | {metric: _number(pair.get(metric)) for metric in known} for pair in pairs]
+    write_text(output / "results_pairs.csv", csv_text(each))
     write_text(output / "summary.md", _summary_page(results, rows))
     return summary
 
