@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dilformer_jax import cli
+from dilformer_jax.data.protocols import subjects
 from dilformer_jax.data.sources import DATASETS
 from dilformer_jax.data.subjects import Dataset
 from dilformer_jax.io.volumes import BadInput
@@ -25,11 +26,12 @@ def run(options: argparse.Namespace) -> None:
     from dilformer_jax.data.pipeline import common_grid
     from dilformer_jax.data.preprocessing import resolved
     from dilformer_jax.models import bundle
+    from dilformer_jax.registration import selection
     from dilformer_jax.registration.predictor import read_config
     from dilformer_jax.training import checkpoint
 
     config = read_config(options.workdir)
-    dataset = _dataset(config, options.data)
+    dataset, known = _dataset(config, options.data), selection.of_run(options.workdir)
     params, step = checkpoint.restore_params(options.workdir, options.checkpoint)
     description: dict[str, Any] = {
         "network": {"name": config["model"]["name"], "options": _options(config["model"])},
@@ -40,8 +42,9 @@ def run(options: argparse.Namespace) -> None:
             "dataset": config["data"]["name"],
             "options": config["data"]["options"],
             "licence": dataset.licence,
-            "subjects": sorted({subject.name for pair in dataset.train for subject in (pair.fixed, pair.moving)}),
-            "chosen_by": sorted({subject.name for pair in dataset.validation for subject in (pair.fixed, pair.moving)}),
+            # As the run recorded them, for the splits of a folder may be others by now; old runs did not.
+            "subjects": sorted(known.trained or subjects(dataset.train)),
+            "chosen_by": sorted(known.chosen or subjects(dataset.validation)),
             "pairs": len(dataset.train),
             "steps": step,
             "seed": config["seed"],

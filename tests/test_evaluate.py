@@ -279,6 +279,13 @@ def test_export_describes_the_run(tmp_path: Path, capsys, monkeypatch):
     export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "last"), "--checkpoint", "latest"])
     assert bundle.load(tmp_path / "last")[1]["validation"] == {"dice": 0.55}
 
+    # What the run recorded goes before what its folder says by now.
+    recorded = {"trained": {"a": "/a.nii", "f": "/f.nii"}, "chosen_by": {"b": "/b.nii"}}
+    (workdir / "run.json").write_text(json.dumps({"subjects": recorded}))
+    export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "recorded")])
+    training = bundle.describe(tmp_path / "recorded")["training"]
+    assert (training["subjects"], training["chosen_by"]) == (["a", "f"], ["b"])
+
     data.rename(tmp_path / "moved")
     with pytest.raises(SystemExit):
         export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "lost")])
