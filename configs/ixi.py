@@ -43,6 +43,8 @@ def get_config(argument: str = "") -> ConfigDict:
                     "attention": "channels",
                     "heads": 4,
                     "window": (5, 6, 5),  # of attention "windows"
+                    "dilations": (1, 2, 3),
+                    "smoothness": (),
                     "dtype": "float32",
                 },
             },
@@ -55,6 +57,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "workers": 0,
                 "flips": (0, 1, 2),
                 "affine": (0.0, 0.0),
+                "gamma": 0.0,
             },
             "loss": {
                 "similarity": "lncc",

@@ -21,6 +21,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "accumulate": 1,  # parts that a batch is computed in, one after the other
             "remat": False,  # True: less memory, more time
             "bidirectional": True,
+            "start_from": "",  # parameters to begin with: a bundle, or the workdir of a run
+            "average": 0.0,  # of the running mean of the parameters, what is left after a step
             "total_steps": 26100,
             "log_every": 50,
             "validate_every": 1000,
@@ -42,6 +44,8 @@ def get_config(argument: str = "") -> ConfigDict:
                     "attention": "channels",
                     "heads": 4,
                     "window": (5, 6, 5),  # of attention "windows"
+                    "dilations": (1, 2, 3),
+                    "smoothness": (),
                     "dtype": "float32",
                 },
             },
@@ -54,6 +58,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "workers": 0,
                 "flips": (0,),
                 "affine": (0.05, 0.02),
+                "gamma": 0.0,
             },
             "loss": {
                 "similarity": "lncc",

@@ -23,6 +23,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "accumulate": 1,  # parts that a batch is computed in, one after the other
             "remat": False,  # True: less memory, more time
             "bidirectional": True,
+            "start_from": "",  # parameters to begin with: a bundle, or the workdir of a run
+            "average": 0.999,  # of the running mean of the parameters, what is left after a step
             "total_steps": 10000,
             "log_every": 50,
             "validate_every": 2000,
@@ -44,6 +46,8 @@ def get_config(argument: str = "") -> ConfigDict:
                     "attention": "channels",
                     "heads": 4,
                     "window": (5, 6, 5),  # of attention "windows"
+                    "dilations": (1, 2, 3),
+                    "smoothness": (0.25, 4.0),
                     "dtype": "float32",
                 },
             },
@@ -54,8 +58,8 @@ def get_config(argument: str = "") -> ConfigDict:
                     "validation": 4,
                     "synthesis": {  # what each means: data/synthesis.py; lengths in mm
                         "t1": 0.5,
-                        "remapped": 0.35,
-                        "shared_contrast": 0.4,
+                        "remapped": 0.5,
+                        "shared_contrast": 0.25,
                         "without_below": 0.2,
                         "surroundings": 0.15,
                         "soft": 0.3,
@@ -79,6 +83,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "workers": 0,
                 "flips": (0,),
                 "affine": (0.05, 0.02),
+                "gamma": 0.0,
             },
             "loss": {
                 "similarity": "lncc",

@@ -22,6 +22,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "accumulate": 1,  # parts that a batch is computed in, one after the other
             "remat": False,  # True: less memory, more time
             "bidirectional": True,
+            "start_from": "",  # parameters to begin with: a bundle, or the workdir of a run
+            "average": 0.0,  # of the running mean of the parameters, what is left after a step
             "total_steps": 360,
             "log_every": 10,
             "validate_every": 120,
@@ -45,6 +47,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "workers": 0,
                 "flips": (0,),
                 "affine": (0.05, 0.02),
+                "gamma": 0.0,
             },
             "loss": {
                 "similarity": "lncc",

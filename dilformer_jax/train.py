@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 RECORD = "run.json"
 # What may change between two starts of one run: where the data lie, how they are read, in how much memory and on which
 # devices, not what is computed.
-CHANGEABLE = ("data.directory", "data.cache", "data.workers", "space", "accumulate", "remat")
+CHANGEABLE = ("data.directory", "data.cache", "data.workers", "space", "accumulate", "remat", "start_from")
+# What a run was that began before configurations had these keys.
+BEFORE = {"average": 0.0, "data.gamma": 0.0}
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -86,10 +88,15 @@ def train(config: ConfigDict, workdir: Path) -> None:
         transformation = state.optimiser(total_steps=config.total_steps, **config.optimiser.to_dict())
     except TypeError as error:
         raise BadInput(f"config.optimiser: {error}") from error
+    # When a run goes on, what it began with may be gone.
+    given, known = _start(config.start_from, workdir)
     try:
-        now = jax.device_put(state.initial(module, transformation, config.seed), replicated)
+        now = state.initial(module, transformation, config.seed, params=given, average=config.average)
+    except BadInput as error:
+        raise BadInput(f"config.start_from {config.start_from}: {error}" if given else str(error)) from error
     except ValueError as error:
         raise BadInput(f"config.model: {error}") from error
+    now = jax.device_put(now, replicated)
     split = parallel.slabs(mesh, shape[0], module.downsampling)
     step_once = state.step_function(
         module,
@@ -100,6 +107,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         split=split,
         remat=config.remat,
         accumulate=config.accumulate,
+        average=config.average,
+        total_steps=config.total_steps,
     )
     planes = split.count * split.planes if split else shape[0]
     image = jax.ShapeDtypeStruct((batch_size, planes, *shape[1:], 1), jnp.float32, sharding=parallel.sharded(mesh))
@@ -115,7 +124,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
         # --- Resume: the restored state, and the log as it was at that step ---
         done = checkpoints.latest_step()
-        began = _record(pairs, held_out, grid, parallel.describe())
+        began = _record(pairs, held_out, grid, parallel.describe(), known)
         if done is not None:
             _check_record(workdir, began, config.data.directory)
         _write_config(config, workdir, resuming=done is not None, writing=first)
@@ -133,7 +142,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             pipeline.batches(
                 pairs, preprocessing, batch_size=batch_size, seed=config.seed, start_step=start,
                 workers=config.data.workers,
-                flips=config.data.flips, affine=config.data.affine, synthesis=dataset.synthesis,
+                flips=config.data.flips, affine=config.data.affine, gamma=config.data.gamma,
+                synthesis=dataset.synthesis,
                 images=not resident, cache=cache,
                 process_index=share, process_count=shares,
             ) as batches,
@@ -149,7 +159,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             if set(held_out) & set(pairs):
                 progress.print("validation is on training pairs: its Dice says nothing about images not trained on")
             if done is None:
-                scores = _validate(predictor, now.params, held_out, dataset.labels)
+                scores = _validate(predictor, now.trained, held_out, dataset.labels)
                 log.write(0, **scores)
                 progress.print(_sentence(0, scores))
 
@@ -182,7 +192,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                         seen = []
                 scores = {}
                 if step % config.validate_every == 0 or last:
-                    scores = _validate(predictor, now.params, held_out, dataset.labels) | {
+                    scores = _validate(predictor, now.trained, held_out, dataset.labels) | {
                         "regulariser_share": means["regulariser_share"]
                     }
                     log.write(step, **scores)
@@ -196,13 +206,30 @@ def train(config: ConfigDict, workdir: Path) -> None:
         figures.save(workdir / "figures" / "training.png", figures.training(logs.read(workdir / logs.METRICS)))
 
 
+def _start(path: str, workdir: Path) -> tuple[Any, dict[str, str]]:
+    """The parameters that a new run begins with, of a bundle or of a run at its best checkpoint, None for fresh ones;
+    and the subjects, with their files, that have trained them, or this run where it goes on. Raises BadInput."""
+    from dilformer_jax.models import bundle
+    from dilformer_jax.registration import selection
+    from dilformer_jax.training import checkpoint
+
+    params, seen = None, None
+    if checkpoint.begun(workdir):
+        seen = selection.of_run(workdir)
+    elif path and checkpoint.begun(path):
+        params, seen = checkpoint.restore_params(path)[0], selection.of_run(path)
+    elif path:
+        params, seen = bundle.load(path)[0], selection.of_bundle(path)
+    return params, {name: seen.files.get(name, "") for name in seen.trained or ()} if seen else {}
+
+
 def _batch_size(config: ConfigDict, shares: int, workdir: Path) -> int:
     """What a batch size of 0 stands for: one pair for each share of the batch and part of it, or, when a run goes on,
     what it stood for when the run began: on other devices it would come to mean other batches."""
     from dilformer_jax.training import checkpoint
 
-    began, checkpoints = workdir / "config.json", workdir / checkpoint.FOLDER
-    if config.batch_size == 0 and began.is_file() and any(checkpoints.glob("[0-9]*")):
+    began = workdir / "config.json"
+    if config.batch_size == 0 and began.is_file() and checkpoint.begun(workdir):
         return json.loads(began.read_text())["batch_size"]
     return config.batch_size or shares * max(config.accumulate, 1)
 
@@ -318,7 +345,7 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
             """With the options that are left out, or that there were not yet, at their defaults."""
             model = settings["model"]
             options = models.defaults(model["name"]) | model["options"]
-            return _flat(settings | {"model": model | {"options": options}})
+            return BEFORE | _flat(settings | {"model": model | {"options": options}})
 
         old, now = whole(json.loads(path.read_text())), whole(new)
         keys = [key for key in (now | old) if not key.startswith(CHANGEABLE)]
@@ -335,9 +362,12 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
             partial.write_text(json.dumps(new, indent=2) + "\n")
 
 
-def _record(pairs: Sequence[Pair], held_out: Sequence[Pair], grid: dict[str, Any], devices: str) -> dict[str, Any]:
+def _record(
+    pairs: Sequence[Pair], held_out: Sequence[Pair], grid: dict[str, Any], devices: str, known: dict[str, str]
+) -> dict[str, Any]:
     """By which program the run was last started, on which pairs, which subjects train and choose, by which `evaluate`
-    says what its scores are worth, and their grid, which `register` compares."""
+    says what its scores are worth, and their grid, which `register` compares. `known` are the subjects, with their
+    files, that the parameters knew with which it began."""
     names = "\n".join(pair.name for pair in pairs)
     files = lambda pairs: {other.name: str(other.image.absolute()) for other in subjects_of(pairs)}
     return {
@@ -345,7 +375,7 @@ def _record(pairs: Sequence[Pair], held_out: Sequence[Pair], grid: dict[str, Any
         "versions": provenance.versions(),
         "devices": devices,
         "pairs": {"number": len(pairs), "sha256": hashlib.sha256(names.encode()).hexdigest()},
-        "subjects": {"trained": files(pairs), "chosen_by": files(held_out)},
+        "subjects": {"trained": known | files(pairs), "chosen_by": files(held_out)},
         "grid": grid,
     }
 

@@ -132,6 +132,7 @@ def batches(
     workers: int = 0,
     flips: Sequence[int] = (),
     affine: Sequence[float] = (0.0, 0.0),
+    gamma: float = 0.0,
     synthesis: Mapping[str, Any] | None = None,
     images: bool = True,
     cache: Path | str | None = None,
@@ -146,6 +147,8 @@ def batches(
     image: `affine` holds the standard deviations of the entries of a map's matrix, less the identity, first of a map
     common to both images, then of one that each has of its own and that comes first. Each map also shifts, along each
     axis, by a random part of the volume's edge, whose standard deviation is a quarter of that.
+    Given a `gamma`, each image's intensities are to be raised to the power in 'power' (B, 2) float32, of the fixed and
+    of the moving image, whose logarithms have this standard deviation.
     Given the options of a `synthesis`, each example has all that `synthesis.drawn` draws by them as well.
     With `images` False the stream is the same without 'fixed' and 'moving': for volumes that are on the device.
     `batch_size` is that of all processes together and B = batch_size / process_count. At any step, process p of n has
@@ -164,6 +167,8 @@ def batches(
         raise BadInput(f"flips is {tuple(flips)}; give axes out of 0, 1 and 2, each once.")
     if len(affine) != 2 or not all(0 <= deviation <= 0.2 for deviation in affine):
         raise BadInput(f"affine is {tuple(affine)}; give two standard deviations from 0 to 0.2.")
+    if not 0 <= gamma <= 1:
+        raise BadInput(f"gamma is {gamma}; give a standard deviation from 0 to 1.")
     if not 0 <= seed < 2**32:
         raise BadInput(f"seed is {seed}; give one from 0 to 2**32 - 1.")
     if workers < 0:
@@ -178,6 +183,8 @@ def batches(
     stream = stream.random_map(partial(_with_flips, axes=tuple(flips)))
     if any(affine):
         stream = stream.random_map(partial(_with_affine, common=affine[0], own=affine[1], edges=shape))
+    if gamma:
+        stream = stream.random_map(partial(_with_gamma, deviation=gamma))
     if synthesis is not None:
         voxel = tuple(size * settings["downsample"] for size in spacing(pairs[0].fixed))
         stream = stream.random_map(partial(_with_synthesis, options=dict(synthesis), voxel=voxel))
@@ -249,6 +256,10 @@ def _random_affine(generator: np.random.Generator, deviation: float, edges: tupl
     affine[:3, :3] += deviation * generator.standard_normal((3, 3))
     affine[:3, 3] = deviation / 4 * generator.standard_normal(3) * edges
     return affine
+
+
+def _with_gamma(example: dict[str, np.ndarray], generator: np.random.Generator, deviation: float) -> dict:
+    return example | {"power": np.exp(deviation * generator.standard_normal(2)).astype(np.float32)}
 
 
 def _with_synthesis(

@@ -138,8 +138,8 @@ class Residual(nn.Module):
 
 
 class Dilformer(nn.Module):
-    """A transformer block whose queries, keys and values see different ranges: depthwise convolutions at dilations 1,
-    2 and 3.
+    """A transformer block whose queries, keys and values see different ranges: depthwise convolutions at several
+    dilations.
 
     Attributes:
       attention: 'channels' (between the channels of a head, linear in voxels) or 'windows' (between the voxels of a
@@ -148,12 +148,14 @@ class Dilformer(nn.Module):
       window: voxels of an attention window along each axis.
       shifted: whether the windows start half a window earlier, so that consecutive blocks exchange across their
       borders.
+      dilations: of the queries', the keys' and the values' convolution.
     """
 
     attention: str = "channels"
     heads: int = 4
     window: tuple[int, int, int] = (5, 6, 5)
     shifted: bool = False
+    dilations: tuple[int, int, int] = (1, 2, 3)
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
@@ -163,7 +165,7 @@ class Dilformer(nn.Module):
         y = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, name="attention_norm")(x)
         q, k, v = (
             Depthwise(dilation, name=f"{name}_range")(Conv(width, (1, 1, 1), bias=False, name=name)(y))
-            for name, dilation in (("query", 1), ("key", 2), ("value", 3))
+            for name, dilation in zip(("query", "key", "value"), self.dilations, strict=True)
         )
         if self.attention == "channels":
             temperature = self.param("temperature", nn.initializers.ones, (self.heads, 1, 1))
@@ -323,6 +325,17 @@ class Fusion(nn.Module):
         for _ in range(2):
             x = rematerialised(ConvNorm.__call__, [ConvNorm(self.features)], x, remat=remat)
         return x
+
+
+class Conditioning(nn.Module):
+    """A scale and a shift of each channel by one number (FiLM, Perez et al., AAAI 2018), which a fresh network does not
+    have: how smooth a displacement is to be, as in Mok and Chung's conditional LapIRN (MICCAI 2021)."""
+
+    @nn.compact
+    def __call__(self, x: Features, number: Float[Array, ""]) -> Features:
+        y = nn.leaky_relu(nn.Dense(32, name="widen")(number[None]), 0.1)
+        scale, shift = jnp.split(nn.Dense(2 * x.shape[-1], kernel_init=nn.initializers.zeros, name="film")(y), 2)
+        return x * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
 
 
 class Head(nn.Module):

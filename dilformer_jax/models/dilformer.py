@@ -16,6 +16,7 @@ from dilformer_jax.models.blocks import (
     DTYPES,
     MSR,
     SRF,
+    Conditioning,
     Conv,
     ConvNorm,
     Dilformer,
@@ -43,6 +44,7 @@ class Encoder(nn.Module):
     attention: str
     heads: int
     window: tuple[int, int, int]
+    dilations: tuple[int, int, int]
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d h w 1"], remat: bool = False) -> list[Array]:
@@ -72,7 +74,8 @@ class Encoder(nn.Module):
                     yield Residual(name=f"plain_attention{level}_{block}")
                 else:
                     shifted = block % 2 == 1
-                    yield Dilformer(self.attention, self.heads, self.window, shifted, name=f"dilformer{level}_{block}")
+                    options = (self.attention, self.heads, self.window, shifted, self.dilations)
+                    yield Dilformer(*options, name=f"dilformer{level}_{block}")
 
 
 DILFORMERS, ATTENTIONS = ("streams", "fused", "plain"), ("channels", "windows")
@@ -100,7 +103,9 @@ class DilformerNet(nn.Module):
       correlation: whether the decoder is shown, at every level but the finest (where it would cost most), how alike
       each fixed feature is to the moving ones around its place.
       attention: 'channels' or 'windows'.
-      heads, window: of the attention.
+      heads, window, dilations: of the attention.
+      smoothness: the least and the most, of a `smoothness` that the network is told: what the regulariser's weight is
+      multiplied by in training, and chosen anew at each registration. () for a network that is told nothing.
       dtype: 'float32', or 'bfloat16' for what lies between the images and the heads; parameters and displacements are
       float32 always.
     """
@@ -118,6 +123,8 @@ class DilformerNet(nn.Module):
     attention: str = "channels"
     heads: int = 4
     window: tuple[int, int, int] = (5, 6, 5)
+    dilations: tuple[int, int, int] = (1, 2, 3)
+    smoothness: tuple[float, ...] = ()
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -127,6 +134,10 @@ class DilformerNet(nn.Module):
         for name, choices in (("dilformer", DILFORMERS), ("attention", ATTENTIONS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"DilformerNet's {name} is one of {choices}, got {getattr(self, name)!r}.")
+        if self.smoothness and not (len(self.smoothness) == 2 and 0 < self.smoothness[0] <= 1 <= self.smoothness[1]):
+            raise ValueError(f"DilformerNet's smoothness is () or two factors around 1, got {self.smoothness}.")
+        if len(self.dilations) != 3 or min(self.dilations) < 1:
+            raise ValueError(f"DilformerNet's dilations are three of 1 or more, got {self.dilations}.")
         super().__post_init__()
 
     @property
@@ -143,6 +154,7 @@ class DilformerNet(nn.Module):
         both: bool = False,
         remat: bool = False,
         inverse: bool = False,
+        smoothness: Float[Array, ""] | float = 1.0,
     ) -> tuple[Array, ...] | tuple[tuple[Array, ...], Array]:
         """Displacements of each level in its own voxels, (b, d / 2^l, h / 2^l, w / 2^l, 3), finest first.
 
@@ -150,7 +162,7 @@ class DilformerNet(nn.Module):
         + 1 fixed i to moving i. With `remat`, the gradient computes each level's features anew instead of keeping them:
         less memory for more time, the same numbers. With `inverse`, a pair: the displacements, and the inverse of the
         finest one on the same grid, exact but for interpolation: a diffeomorphic network's displacement is a chain of
-        exp(v), whose inverse is that of exp(-v) in reverse order.
+        exp(v), whose inverse is that of exp(-v) in reverse order. `smoothness` is for a network that is told one.
 
         Raises:
           ValueError: an axis that is not a multiple of `downsampling`, heads that do not divide a level's channels, or
@@ -188,10 +200,12 @@ class DilformerNet(nn.Module):
                 x = fuse(*inputs, remat=remat)
                 if self.dilformer == "fused" and recursion == 0:
                     for block in range(dilformer_blocks(level, self.levels)):
-                        mix = Dilformer(
-                            self.attention, self.heads, self.window, block % 2 == 1, name=f"dilformer{level}_{block}"
-                        )
+                        options = (self.attention, self.heads, self.window, block % 2 == 1, self.dilations)
+                        mix = Dilformer(*options, name=f"dilformer{level}_{block}")
                         x = rematerialised(lambda mix, x: mix(x), [mix], x, remat=remat)
+                if self.smoothness:
+                    told = jnp.log(jnp.asarray(smoothness, jnp.float32))
+                    x = Conditioning(name=f"smoothness{level}")(x, told) if recursion == 0 else x
                 w = rematerialised(lambda head, x: head(x), [head], x, remat=remat)
                 if inverse:
                     undone = spatial.integrate(-w)
@@ -214,6 +228,7 @@ class DilformerNet(nn.Module):
             self.attention,
             self.heads,
             self.window,
+            self.dilations,
         )
         b = fixed.shape[0]
         # Pairs are stacked beside each other, not one stream behind the other, so that a batch split over devices

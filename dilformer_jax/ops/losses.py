@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from dilformer_jax.ops import slabs, spatial
 
@@ -23,7 +23,13 @@ ROUNDING = 2e-6
 
 
 def lncc(
-    fixed: Image, moved: Float[Array, "*b d h w c"], window: int = 9, *, border: str = "cut", epsilon: float = 1e-5
+    fixed: Image,
+    moved: Float[Array, "*b d h w c"],
+    window: int = 9,
+    *,
+    border: str = "cut",
+    epsilon: float = 1e-5,
+    where: Bool[Array, "*b d h w c"] | None = None,
 ) -> Scalar:
     """Local normalised cross-correlation, squared: the mean over all voxels of cross² / (variance · variance +
     epsilon), from 0 to 1.
@@ -31,7 +37,7 @@ def lncc(
     cross and the variances are sums over the window³ around each voxel, after Avants et al. (Med. Image Anal. 2008).
     With border 'cut' the window is cut at the faces and holds fewer voxels there; with 'zeros' the volume is padded
     with zeros, which count as voxels, as in VoxelMorph (Balakrishnan et al., TMI 2019). A voxel whose window is
-    constant counts 0.
+    constant counts 0. Given `where`, the mean is over the voxels that it names; their windows reach beyond them.
 
     Raises:
       ValueError: a window that is no odd number, or an unknown border.
@@ -62,7 +68,10 @@ def lncc(
     # below it.
     constant = (variance_f <= ROUNDING * energy_f) | (variance_m <= ROUNDING * energy_m)
     variances = jnp.where(constant, 1.0, variance_f * variance_m)
-    return slabs.mean(jnp.where(constant, 0.0, cross * cross / (variances + epsilon)))
+    squares = jnp.where(constant, 0.0, cross * cross / (variances + epsilon))
+    if where is None:
+        return slabs.mean(squares)
+    return slabs.mean(jnp.where(where, squares, 0.0)) / jnp.maximum(slabs.mean(where.astype(jnp.float32)), 1e-6)
 
 
 def _window_sum(x: Array, window: int) -> Array:
@@ -258,6 +267,14 @@ def bending(u: Displacement, spacing: Float[Array, "3"] | None = None) -> Scalar
     return energy
 
 
+def inverse_inconsistency(u: Float[Array, "b d h w 3"]) -> Scalar:
+    """The mean squared length, in voxels, of what is left of each displacement after that of the exchanged images,
+    u(x + v(x)) + v(x), for a batch that holds both directions of each pair beside each other (after Christensen and
+    Johnson, TMI 2001)."""
+    other = u.reshape(-1, 2, *u.shape[1:])[:, ::-1].reshape(u.shape)
+    return 3 * slabs.mean(jnp.square(spatial.compose(u, other)))
+
+
 SIMILARITIES = ("lncc", "mse")
 REGULARISERS = {"diffusion": diffusion, "bending": bending}
 
@@ -278,21 +295,32 @@ def multi_resolution(
     moving_labels: UInt8[Array, "b d h w 1"] | None = None,
     label_count: int = 0,
     label_weight: float = 0.0,
+    inverse_weight: float = 0.0,
+    foreground: bool = False,
+    coarse_to_fine: float = 0.0,
+    progress: Float[Array, ""] | float = 1.0,
 ) -> tuple[Scalar, dict[str, Scalar]]:
     """Σ over levels l of weights[l] · (dissimilarity_l + regulariser_weight · regulariser_l) and, where there are
     labels 1 to `label_count`, label_weight · (1 - `label_overlap`) at the finest of the levels.
 
     Level l is `finest` + its place in `weights`: the images averaged l times, and the displacement of that level, in
     its own voxels. Where a network ends at a coarser level than `finest`, its finest displacement is enlarged to it. A
-    single weight is the plain loss, at one level. The windows are those of LNCC, a level each.
+    single weight is the plain loss, at one level. The windows are those of LNCC, a level each; with `foreground` its
+    mean is over the voxels where the fixed image is not 0. An `inverse_weight` weighs the `inverse_inconsistency` of
+    the finest level, for a batch of both directions. The levels join one after the other, from coarse to fine, in the
+    part `coarse_to_fine` of the run, of which `progress` is how much is done (0 to 1).
 
     Returns:
       The loss, and its parts summed with the same weights: similarity (LNCC: higher is better; MSE: lower is better)
-      and regulariser (as it enters the loss); with labels, their overlap.
+      and regulariser (as it enters the loss); with labels, their overlap; with an inverse_weight, inconsistency (not
+      weighted).
 
     Raises:
-      ValueError: an unknown similarity or regulariser, weights and windows of different lengths, or a level above 0.
+      ValueError: an unknown similarity or regulariser, weights and windows of different lengths, a level above 0, or
+        a share of the run that is none.
     """
+    if not 0 <= coarse_to_fine <= 1:
+        raise ValueError(f"Levels join in a part of the run, 0 to 1, got {coarse_to_fine}.")
     if finest < 0:
         raise ValueError(f"The finest level of a loss is 0, the input's, or coarser, got {finest}.")
     if similarity not in SIMILARITIES:
@@ -314,12 +342,23 @@ def multi_resolution(
         u = by_shape[shape] if shape in by_shape else spatial.resize_displacement(displacements[0], shape)
         if level == 0 and fixed_labels is not None and moving_labels is not None:
             more = {"overlap": label_overlap(fixed_labels, moving_labels, u, label_count)}
+        if level == 0 and inverse_weight:
+            more["inconsistency"] = inverse_inconsistency(u)
         moved = spatial.warp(moving, u)
-        alike = lncc(fixed, moved, window, border=border) if similarity == "lncc" else mse(fixed, moved)
+        where = fixed > 0 if foreground else None
+        alike = lncc(fixed, moved, window, border=border, where=where) if similarity == "lncc" else mse(fixed, moved)
+        weight = weight * _joined(level, len(weights), coarse_to_fine, progress)
         similar += weight * alike
         smooth += weight * regulariser_weight * REGULARISERS[regulariser](u)
     dissimilarity = -similar if similarity == "lncc" else similar
     loss = dissimilarity + smooth
-    if more:
+    if "overlap" in more:
         loss += label_weight * (1 - more["overlap"])
+    if inverse_weight:
+        loss += inverse_weight * more["inconsistency"]
     return loss, {"similarity": similar, "regulariser": smooth} | more
+
+
+def _joined(level: int, levels: int, share: float, progress: Float[Array, ""] | float) -> Float[Array, ""] | float:
+    """How much a level counts already: the coarsest all of it from the start, the finest from `share` of the run on."""
+    return jnp.clip(progress / share * (levels - 1) - (levels - 2 - level), 0, 1) if share else 1.0

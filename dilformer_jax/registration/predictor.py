@@ -1,5 +1,6 @@
 """A trained network with all that it needs to register volumes as they come out of their files."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ class Predictor:
 
     `module` is a network of `models/`, `params` its parameters. `preprocessing` is what it was trained with,
     `sha256` that of its parameters as a bundle has them, and `grid`, where known, the grid of its training images:
-    {"shape", "spacing_mm", "orientation"}.
+    {"shape", "spacing_mm", "orientation"}. A network that can be told one is asked for this `smoothness`, 1 being the
+    weight of the regulariser in its training.
     """
 
     module: Any
@@ -37,6 +39,7 @@ class Predictor:
     name: str
     sha256: str
     grid: Mapping[str, Any] | None = None
+    smoothness: float = 1.0
     executables: dict[tuple[tuple[int, ...], bool], Any] = field(default_factory=dict, repr=False)
 
     def displacement(self, fixed: Image, moving: Image, names: tuple[Any, Any] = ("fixed", "moving")) -> Displacement:
@@ -68,7 +71,7 @@ class Predictor:
             prepared(image, settings, name, multiple=self.module.downsampling)[None]
             for image, name in zip((fixed, moving), names, strict=True)
         ]
-        fields = self.executables[fixed.shape, inverse](self.params, *images)
+        fields = self.executables[fixed.shape, inverse](self.params, *images, np.float32(self.smoothness))
         # From the box that was cut out of each image back to the files' grid, continued by its border value.
         box = settings["crop_to"] or fixed.shape
         starts = corner(fixed, settings["crop_to"]), corner(moving, settings["crop_to"])
@@ -91,14 +94,29 @@ class Predictor:
         step = self.module.downsampling * settings["downsample"]
         d, h, w = (-(-size // step) * step for size in settings["crop_to"] or shape)
 
-        def predict(params, fixed, moving):
-            found = self.module.apply({"params": params}, fixed, moving, **({"inverse": True} if inverse else {}))
+        told = bool(getattr(self.module, "smoothness", ()))
+
+        def predict(params, fixed, moving, smoothness):
+            asked = ({"inverse": True} if inverse else {}) | ({"smoothness": smoothness} if told else {})
+            found = self.module.apply({"params": params}, fixed, moving, **asked)
             fields = (found[0][0], found[1]) if inverse else (found[0],)
             return [spatial.resize_displacement(u[0].astype(jnp.float32), (d, h, w)) for u in fields]
 
         factor = settings["downsample"]
         image = jax.ShapeDtypeStruct((1, d // factor, h // factor, w // factor, 1), jnp.float32)
-        self.executables[shape, inverse] = jax.jit(predict).lower(self.params, image, image).compile()
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        self.executables[shape, inverse] = jax.jit(predict).lower(self.params, image, image, number).compile()
+
+    def with_smoothness(self, smoothness: float | None) -> "Predictor":
+        """The same network asked for this smoothness (None: as it is). Raises BadInput where it cannot be asked, or was
+        not trained for as much or as little."""
+        if smoothness is None:
+            return self
+        low, high = getattr(self.module, "smoothness", ()) or (1.0, 1.0)
+        if not low <= smoothness <= high:
+            known = f"from {low:g} to {high:g}" if low < high else "no smoothness but its own, 1"
+            raise BadInput(f"--smoothness is {smoothness:g} and {self.name} was trained for {known}; give such a one.")
+        return dataclasses.replace(self, smoothness=float(smoothness))
 
     def check_shape(self, shape: tuple[int, ...], name: Any) -> None:
         """Raises BadInput, about `name`, where the network's deepest level would have an axis of a single voxel."""

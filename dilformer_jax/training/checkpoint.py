@@ -88,8 +88,14 @@ class Checkpoints:
         return state
 
 
+def begun(workdir: Path | str) -> bool:
+    """Whether a run has a checkpoint to go on from."""
+    return any((Path(workdir) / FOLDER).glob("[0-9]*"))
+
+
 def restore_params(workdir: Path | str, which: str = "best") -> tuple[dict[str, Any], int]:
-    """Nested dictionary of the parameters as NumPy arrays, and the step they are of, from a run's folder.
+    """Nested dictionary of the parameters as NumPy arrays, their running mean where the run keeps one, and the step
+    they are of, from a run's folder.
 
     `which` is 'best' (the latest where no checkpoint has a Dice) or 'latest'. Only reads, so that a run which is still
     training is not disturbed. Raises BadInput where there is no checkpoint or it cannot be read.
@@ -107,10 +113,12 @@ def restore_params(workdir: Path | str, which: str = "best") -> tuple[dict[str, 
             raise BadInput(f"{workdir} holds no finished checkpoint; wait until training has written one.")
         try:
             # Without restore arguments orbax would look for the devices that wrote the arrays.
-            params = {"params": manager.item_metadata(step)["params"]}
+            saved = manager.item_metadata(step)
+            name = "average" if saved.get("average") else "params"
+            params = {name: saved[name]}
             reading = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params)
             arguments = ocp.args.PyTreeRestore(item=params, restore_args=reading, partial_restore=True)
-            return manager.restore(step, args=arguments)["params"], step
+            return manager.restore(step, args=arguments)[name], step
         except DAMAGE as error:
             raise BadInput(f"{directory / str(step)} cannot be read ({_first_line(error)}); try again.") from error
 

@@ -156,6 +156,10 @@ def assembly(mesh: Mesh, split: Slabs | None) -> Any:
             }
         elif flips is not None:
             images = {role: flipped(image, flips) for role, image in images.items()}
+        if "power" in how:
+            images |= {
+                role: powered(images[role], how["power"][:, place]) for place, role in enumerate(("fixed", "moving"))
+            }
         with slabs.split(split):
             return {role: slabs.own(image) for role, image in images.items()}
 
@@ -177,6 +181,11 @@ def flipped(image: Float[Array, "b d h w 1"], flips: Bool[Array, "b 3"]) -> Floa
     for axis in range(3):
         image = jnp.where(flips[:, axis, None, None, None, None], jnp.flip(image, axis + 1), image)
     return image
+
+
+def powered(image: Float[Array, "b d h w 1"], power: Float[Array, " b"]) -> Float[Array, "b d h w 1"]:
+    """Each image with its intensities raised to its power, negative ones by their size."""
+    return jnp.sign(image) * jnp.abs(image) ** power[:, None, None, None, None]
 
 
 @jax.vmap
