@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
     from dilformer_jax.data.pipeline import common_grid
     from dilformer_jax.data.preprocessing import resolved
-    from dilformer_jax.models import bundle
+    from dilformer_jax.io import bundle
     from dilformer_jax.registration import selection
     from dilformer_jax.registration.predictor import read_config
     from dilformer_jax.training import checkpoint

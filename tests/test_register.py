@@ -13,8 +13,8 @@ import SimpleITK as sitk
 from toys import SHAPE, affine, image, tiny_bundle, write
 
 from dilformer_jax import register
+from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import read_image, read_labels
-from dilformer_jax.models import bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 

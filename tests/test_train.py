@@ -12,8 +12,8 @@ import training_runs as runs
 
 from dilformer_jax import train
 from dilformer_jax.data import folders, generated, pipeline
+from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import BadInput, read_labels, write_labels
-from dilformer_jax.models import bundle
 from dilformer_jax.training import checkpoint, logs, state
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Float32
 
 from dilformer_jax import models
 from dilformer_jax.data.preprocessing import by, corner, prepared, resolved
+from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.models import bundle
 from dilformer_jax.ops import spatial
 
 Image = Float32[np.ndarray, "_ _ _"]
