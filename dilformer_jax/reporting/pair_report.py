@@ -55,13 +55,15 @@ def write(path: Path, title: str, shown: Shown, facts: Facts) -> None:
     turned = upright(shown)
     compare = [viewer.viewer(turned), "<noscript><p>The figures below show the same without a script.</p></noscript>"]
     compare.append(html.paragraphs("Hold a picture to see the fixed image in its place. " + PICTURES))
-    labelled = turned.fixed_labels is not None or turned.moved_labels is not None
+    outlines = []
+    if turned.fixed_labels is not None or turned.moved_labels is not None:
+        outlines.append(html.section("Structures on the images", _figure(pair_figures.outlines(turned), "borders")))
     parts = [
         _verdict(facts.checks),
         *_warnings(facts.warnings),
         html.section("Compare", *compare),
         html.section("Alignment", _figure(pair_figures.alignment(turned), "fixed, moving, aligned and moved image")),
-        *([html.section("Structures on the images", _figure(pair_figures.outlines(turned), "borders"))] * labelled),
+        *outlines,
         html.section(
             "Deformation",
             html.paragraphs(DEFORMATION),
