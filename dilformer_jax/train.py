@@ -16,7 +16,7 @@ from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from dilformer_jax import cli
 from dilformer_jax.data.sources import DATASETS
-from dilformer_jax.data.subjects import Pair, subjects_of
+from dilformer_jax.data.subjects import Dataset, Pair, subjects_of
 from dilformer_jax.io.volumes import BadInput, replacing
 from dilformer_jax.reporting import provenance, tables
 from dilformer_jax.training import logs
@@ -115,7 +115,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
         # --- Resume: the restored state, and the log as it was at that step ---
         done = checkpoints.latest_step()
-        began = _record(pairs, held_out, grid, parallel.describe())
+        began = _record(dataset, pairs, held_out, grid, parallel.describe())
         if done is not None:
             _check_record(workdir, began, config.data.directory)
         _write_config(config, workdir, resuming=done is not None, writing=first)
@@ -335,9 +335,11 @@ def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing:
             partial.write_text(json.dumps(new, indent=2) + "\n")
 
 
-def _record(pairs: Sequence[Pair], held_out: Sequence[Pair], grid: dict[str, Any], devices: str) -> dict[str, Any]:
+def _record(
+    dataset: Dataset, pairs: Sequence[Pair], held_out: Sequence[Pair], grid: dict[str, Any], devices: str
+) -> dict[str, Any]:
     """By which program the run was last started, on which pairs, which subjects train and choose, by which `evaluate`
-    says what its scores are worth, and their grid, which `register` compares."""
+    says what its scores are worth, their grid, which `register` compares, and for `info` labels and licence."""
     names = "\n".join(pair.name for pair in pairs)
     files = lambda pairs: {other.name: str(other.image.absolute()) for other in subjects_of(pairs)}
     return {
@@ -347,6 +349,8 @@ def _record(pairs: Sequence[Pair], held_out: Sequence[Pair], grid: dict[str, Any
         "pairs": {"number": len(pairs), "sha256": hashlib.sha256(names.encode()).hexdigest()},
         "subjects": {"trained": files(pairs), "chosen_by": files(held_out)},
         "grid": grid,
+        "labels": list(dataset.labels),
+        "licence": dataset.licence,
     }
 
 
