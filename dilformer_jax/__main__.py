@@ -10,6 +10,7 @@ COMMANDS = {
     "register": "registers two images and writes the moved image and the transform",
     "apply": "carries images, labels and points through transforms that were saved",
     "learn2reg": "writes a submission to a Learn2Reg challenge, or checks one as the organisers will",
+    "info": "says what a weights file is: network, grid, data and licence, figures, whether it is whole",
     "export": "writes a trained network's parameters to files that need no JAX to read",
     "prepare": "prepares a public data set, or files of your own, for training and evaluation",
     "doctor": "looks at versions, devices and settings, forecasts memory, and tests itself",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 
-from dilformer_jax.io import transform_files
+from dilformer_jax.io import bundle, transform_files
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.geometry import apply_affine
 from dilformer_jax.io.headers import ASKING, BadInput, Reading
@@ -70,6 +70,21 @@ class Inputs:
         """What had to be settled in reading them."""
         volumes = (self.fixed, self.moving, *self.labels)
         return tuple(note for volume in volumes if volume is not None for note in volume.notes)
+
+
+def network(weights: Path | str | None, workdir: Path | str | None) -> "tuple[Predictor | None, int]":
+    """The network, None where `weights` are None or 'none', and in how many steps its result is refined where nothing
+    is said of that. With a `workdir`, `weights` are to be left at 'default'. Raises BadInput where there is none."""
+    from dilformer_jax.registration.predictor import AFTER_DEFAULT, load_predictor
+    from dilformer_jax.registration.refine import Refinement
+
+    if workdir is not None:
+        if weights != bundle.DEFAULT:
+            raise BadInput(f"The network is that of weights {weights} or of workdir {workdir}; give one of them.")
+        return load_predictor(workdir=workdir), 0
+    if weights is None or weights == bundle.NONE:
+        return None, Refinement.steps
+    return load_predictor(weights), AFTER_DEFAULT if weights == bundle.DEFAULT else 0
 
 
 def read(how: How, images: Sequence[Any], labels: Sequence[Any], masks: Sequence[Any]) -> Inputs:
@@ -186,7 +201,7 @@ def registered(
     fixed: "Path | str | Image",
     moving: "Path | str | Image",
     *,
-    weights: Path | str | None = None,
+    weights: Path | str | None = bundle.DEFAULT,
     workdir: Path | str | None = None,
     affine: "str | Path | np.ndarray" = "auto",
     refine: int | None = None,
@@ -199,20 +214,23 @@ def registered(
 ) -> Registration:
     """Registers a moving image to a fixed one, both of any shape, spacing and orientation: paths or nibabel images.
 
-    By the network of `weights` (a bundle) or `workdir` (a training run), with `refine` steps of refinement behind it;
-    without a network by refinement alone, 50 steps unless `refine` says otherwise. Further keywords are `Refinement`'s:
-    `similarity`, `diffeomorphic` ... `affine` is 'auto', 'search', 'none', a file or a matrix (4, 4) from fixed to
-    moving RAS mm. Masks hide all but the brain. `reading` says how to read what headers leave open.
+    By the network that ships, or that of other `weights` (a bundle) or of a `workdir` (a training run), with `refine`
+    steps of refinement behind it; with `weights` None by refinement alone, 50 steps unless `refine` says otherwise.
+    Further keywords are `Refinement`'s: `similarity`, `diffeomorphic` ... `affine` is 'auto', 'search', 'none', a file
+    or a matrix (4, 4) from fixed to moving RAS mm. Masks hide all but the brain. `reading` says how to read what
+    headers leave open.
 
     Raises BadInput, in one sentence, for what the user can mend.
     """
-    from dilformer_jax.registration.predictor import load_predictor
     from dilformer_jax.registration.refine import Refinement
 
-    alone = weights is None and workdir is None
-    predictor = None if alone else load_predictor(weights, workdir)
-    steps = Refinement.steps if alone and refine is None else refine
-    refining = None if steps is None else Refinement(steps, **refinement)
+    predictor, otherwise = network(weights, workdir)
+    steps = otherwise if refine is None else refine
+    if steps < (predictor is None):
+        raise BadInput(f"refine is {steps}; give {int(predictor is None)} or more steps, 50 for example.")
+    if steps == 0 and refinement:
+        raise BadInput(f"{next(iter(refinement))} says how to refine; give refine=50, for example, with it.")
+    refining = Refinement(steps, **refinement) if steps else None
     given = affine if isinstance(affine, str | Path) else np.asarray(affine).tolist()
     how = How(predictor, refining, given, reading=reading)
     inputs = read(how, (fixed, moving), (fixed_labels, moving_labels), (fixed_mask, moving_mask))

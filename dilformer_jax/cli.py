@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags  # type: ignore[import-untyped]
 
-from dilformer_jax.io import executables
+from dilformer_jax.io import bundle, executables
 from dilformer_jax.io.headers import Reading
 from dilformer_jax.io.volumes import BadInput
 
@@ -41,7 +41,9 @@ class Arguments(argparse.ArgumentParser):
 def add_method(parser: argparse.ArgumentParser) -> None:
     """The options of which `registration.methods.chosen` makes a method, those of its refinement among them."""
     parser.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
-    parser.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
+    parser.add_argument(
+        "--weights", type=_network, metavar="default|BUNDLE", help="those that ship, or a bundle that `export` wrote"
+    )
     parser.add_argument(
         "--method",
         choices=METHODS,
@@ -65,23 +67,32 @@ def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--regulariser", choices=("diffusion", "bending"), help="what smooths (by default diffusion)")
 
 
-def refinement(options: argparse.Namespace, *, alone: bool = False) -> "Refinement | None":
-    """How the command line wants a pair to be refined; where that is `alone` what registers it, it need not say so.
+def refinement(options: argparse.Namespace, otherwise: int = 0, *, alone: bool = False) -> "Refinement | None":
+    """How the command line wants a pair to be refined: in `otherwise` steps where it does not say so, in none of them
+    not at all, which cannot be where refinement `alone` registers.
 
     Raises BadInput for fewer than no steps, and for how without how much.
     """
     from dilformer_jax.registration.refine import Refinement  # with JAX, for which --help need not wait
 
-    steps = Refinement.steps if alone and options.refine is None else options.refine
+    steps = otherwise if options.refine is None else options.refine
     how = {name: getattr(options, name) for name in ("diffeomorphic", "similarity", "regulariser")}
     given = {name: value for name, value in how.items() if value}
-    if steps is None:
+    if steps < alone:
+        raise BadInput(f"--refine is {steps}; give {int(alone)} or more steps, 50 for example.")
+    if steps == 0:
         if given:
             raise BadInput(f"--{next(iter(given))} says how to refine; give --refine N with it.")
         return None
-    if steps < 0 or (alone and steps == 0):
-        raise BadInput(f"--refine is {steps}; give {int(alone)} or more steps, 50 for example.")
     return Refinement(steps, **given)
+
+
+def _network(text: str) -> str:
+    if text == bundle.NONE:
+        raise argparse.ArgumentTypeError(
+            "none is no network; leave it out and give --method identity (with --refine 50: refinement alone)"
+        )
+    return text
 
 
 def add_reading(parser: argparse.ArgumentParser, *, pairs: bool = True) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from dilformer_jax import cli
-from dilformer_jax.api import How, carry_out, read, registered
+from dilformer_jax.api import How, carry_out, network, read, registered
 from dilformer_jax.data.folders import pairs_csv
 from dilformer_jax.data.subjects import Pair, Subject, split
+from dilformer_jax.io import bundle
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.headers import BadInput
 from dilformer_jax.reporting import provenance
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     for warning in told["warnings"]:
         print(f"Warning: {warning}")
+    print(outputs.method(told["settings"]))
     print(outputs.summary(told["metrics"]), end="")
     print(f"\n{outputs.CONVENTION}\nWritten to {options.output}: {', '.join(told['outputs'])}")
     if told["metrics"]["folding_percent"] > options.max_folding:
@@ -83,7 +85,11 @@ def _parser() -> cli.Arguments:
         help="of --pairs the Kth of N parts, for as many processes",
     )
     network = parser.add_mutually_exclusive_group()
-    network.add_argument("--weights", type=Path, help="a bundle that `export` wrote")
+    network.add_argument(
+        "--weights",
+        metavar="default|none|BUNDLE",
+        help="those that ship (default); no network, refinement alone; or a bundle that `export` wrote",
+    )
     network.add_argument("--workdir", type=Path, help="a training run, taken at its best checkpoint")
     parser.add_argument(
         "--affine",
@@ -91,7 +97,7 @@ def _parser() -> cli.Arguments:
         metavar="auto|search|none|FILE",
         help="alignment beforehand: found; found from all 24 turns; none, as the headers say; read from a file",
     )
-    cli.add_refinement(parser, "without a network 50")
+    cli.add_refinement(parser, "without a network 50; 0: the network alone")
     parser.add_argument("--fixed-labels", type=Path, help="label map of the fixed image, to measure Dice by")
     parser.add_argument("--moving-labels", type=Path, help="label map of the moving image, warped too")
     parser.add_argument("--fixed-mask", type=Path, help="where the fixed image's brain is; nothing else is looked at")
@@ -116,12 +122,8 @@ def _parser() -> cli.Arguments:
 
 
 def _how(options: argparse.Namespace, command: str) -> How:
-    # Here, not above: JAX and what uses it take seconds to import, which --help need not wait for.
-    from dilformer_jax.registration.predictor import load_predictor
-
-    alone = options.weights is None and options.workdir is None
-    refinement = cli.refinement(options, alone=alone)
-    predictor = None if alone else load_predictor(options.weights, options.workdir)
+    predictor, steps = network(bundle.DEFAULT if options.weights is None else options.weights, options.workdir)
+    refinement = cli.refinement(options, steps, alone=predictor is None)
     known = options.affine in ("auto", "search", "none")
     if not known and not Path(options.affine).is_file():
         raise BadInput(f"--affine {options.affine} is no file; give auto, search, none or a file with an affine.")

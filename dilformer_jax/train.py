@@ -1,7 +1,6 @@
 """Trains a registration network: `python -m dilformer_jax.train --config configs/demo.py --workdir runs/demo`."""
 
 import dataclasses
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -16,20 +15,13 @@ from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from dilformer_jax import cli
 from dilformer_jax.data.sources import DATASETS
-from dilformer_jax.data.subjects import Pair, subjects_of
-from dilformer_jax.io.volumes import BadInput, replacing
-from dilformer_jax.reporting import provenance, tables
+from dilformer_jax.data.subjects import Pair
+from dilformer_jax.io.volumes import BadInput
+from dilformer_jax.reporting import run_record, tables
 from dilformer_jax.training import logs
 
 if TYPE_CHECKING:
     from dilformer_jax.registration.predictor import Predictor
-
-RECORD = "run.json"
-# What may change between two starts of one run: where the data lie, how they are read, in how much memory and on which
-# devices, not what is computed.
-CHANGEABLE = ("data.directory", "data.cache", "data.workers", "space", "accumulate", "remat", "start_from")
-# What a run was that began before configurations had these keys.
-BEFORE = {"average": 0.0, "data.gamma": 0.0}
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -89,7 +81,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     except TypeError as error:
         raise BadInput(f"config.optimiser: {error}") from error
     # When a run goes on, what it began with may be gone.
-    given, known = _start(config.start_from, workdir)
+    given, teachers = _start(config.start_from, workdir)
     try:
         now = state.initial(module, transformation, config.seed, params=given, average=config.average)
     except BadInput as error:
@@ -124,12 +116,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with checkpoint.Checkpoints(workdir / checkpoint.FOLDER) as checkpoints:
         # --- Resume: the restored state, and the log as it was at that step ---
         done = checkpoints.latest_step()
-        began = _record(pairs, held_out, grid, parallel.describe(), known)
+        began = run_record.record(dataset, pairs, held_out, grid, parallel.describe(), teachers)
         if done is not None:
-            _check_record(workdir, began, config.data.directory)
-        _write_config(config, workdir, resuming=done is not None, writing=first)
+            run_record.check(workdir, began, config.data.directory)
+        run_record.write_config(config, workdir, resuming=done is not None, writing=first)
         if first:
-            tables.write_json(workdir / RECORD, began)
+            tables.write_json(workdir / run_record.RECORD, began)
         log = logs.MetricLog(workdir, writing=first)
         log.cut(-1 if done is None else done)
         if done is not None:
@@ -209,7 +201,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 def _start(path: str, workdir: Path) -> tuple[Any, dict[str, str]]:
     """The parameters that a new run begins with, of a bundle or of a run at its best checkpoint, None for fresh ones;
     and the subjects, with their files, that have trained them, or this run where it goes on. Raises BadInput."""
-    from dilformer_jax.models import bundle
+    from dilformer_jax.io import bundle
     from dilformer_jax.registration import selection
     from dilformer_jax.training import checkpoint
 
@@ -332,70 +324,6 @@ def _sentence(step: int, scores: dict[str, float]) -> str:
                 "it is still the identity: look at the images, or train anew with a lower loss.regulariser_weight"
             )
     return f"validation at step {step}: {', '.join(shown)}"
-
-
-def _write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing: bool) -> None:
-    """config.json, which explains the workdir; a run goes on only as it began."""
-    path = workdir / "config.json"
-    new = json.loads(config.to_json_best_effort())
-    if resuming and path.is_file():
-        from dilformer_jax import models
-
-        def whole(settings: dict[str, Any]) -> dict[str, Any]:
-            """With the options that are left out, or that there were not yet, at their defaults."""
-            model = settings["model"]
-            options = models.defaults(model["name"]) | model["options"]
-            return BEFORE | _flat(settings | {"model": model | {"options": options}})
-
-        old, now = whole(json.loads(path.read_text())), whole(new)
-        keys = [key for key in (now | old) if not key.startswith(CHANGEABLE)]
-        changed = [key for key in keys if old.get(key) != now.get(key)]
-        if changed:
-            key = changed[0]
-            raise BadInput(
-                f"{workdir} was trained with {key}={old.get(key)} and now is given {now.get(key)}; "
-                "use another --workdir, or set it back."
-            )
-    if writing:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(new, indent=2) + "\n")
-
-
-def _record(
-    pairs: Sequence[Pair], held_out: Sequence[Pair], grid: dict[str, Any], devices: str, known: dict[str, str]
-) -> dict[str, Any]:
-    """By which program the run was last started, on which pairs, which subjects train and choose, by which `evaluate`
-    says what its scores are worth, and their grid, which `register` compares. `known` are the subjects, with their
-    files, that the parameters knew with which it began."""
-    names = "\n".join(pair.name for pair in pairs)
-    files = lambda pairs: {other.name: str(other.image.absolute()) for other in subjects_of(pairs)}
-    return {
-        "command": provenance.command("train", None),
-        "versions": provenance.versions(),
-        "devices": devices,
-        "pairs": {"number": len(pairs), "sha256": hashlib.sha256(names.encode()).hexdigest()},
-        "subjects": {"trained": known | files(pairs), "chosen_by": files(held_out)},
-        "grid": grid,
-    }
-
-
-def _check_record(workdir: Path, record: dict[str, Any], directory: str) -> None:
-    """A folder that has won or lost a subject would silently continue the run on another stream of pairs."""
-    path = workdir / RECORD
-    old = json.loads(path.read_text())["pairs"] if path.is_file() else record["pairs"]
-    if old != record["pairs"]:
-        raise BadInput(
-            f"{workdir} was trained on {old['number']} pairs and {directory} now gives {record['pairs']['number']}, or "
-            "others; bring back the files that there were, or use another --workdir."
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def main() -> None:

@@ -31,7 +31,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "base"
-VOXELMORPH = {"name": "voxelmorph", "options": {"down": (16, 32, 32, 32), "up": (32, 32, 32, 32), "final": (32, 16, 16)}}
+VOXELMORPH = {
+    "name": "voxelmorph",
+    "options": {"down": (16, 32, 32, 32), "up": (32, 32, 32, 32), "final": (32, 16, 16)},
+}
 # What is changed, by the keys of the configuration; those that begin with `test.` are options of the network at test
 # time only.
 STUDIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {

@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--workdir", type=Path)
-    which.add_argument("--weights", type=Path)
+    which.add_argument("--weights", help="a bundle, or default")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--name", choices=("ixi_2mm", "lpba40"), required=True)
     parser.add_argument("--pairs", type=int, default=12)

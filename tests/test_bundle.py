@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from dilformer_jax.io import bundle
 from dilformer_jax.io.folders import staged
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.models import bundle
 
 DESCRIPTION = {
     "network": {"name": "dilformer", "options": {"width": 8}},

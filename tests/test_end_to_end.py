@@ -14,10 +14,10 @@ import training_runs as runs
 from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax import __main__
+from dilformer_jax.io import bundle
 from dilformer_jax.io.geometry import reframed
 from dilformer_jax.io.itk import read_field
 from dilformer_jax.io.volumes import open_nifti, read_image, read_labels, read_voxels
-from dilformer_jax.models import bundle
 from dilformer_jax.ops import folding, overlap
 from dilformer_jax.training import checkpoint, logs
 

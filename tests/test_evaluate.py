@@ -8,8 +8,8 @@ import pytest
 from toys import affine, image, pairs_file, write
 
 from dilformer_jax import cli, evaluate, export
+from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import read_image, read_labels
-from dilformer_jax.models import bundle
 from dilformer_jax.registration import evaluation, pipeline
 from dilformer_jax.registration.predictor import load_predictor
 from dilformer_jax.training import checkpoint

@@ -11,7 +11,8 @@ import pytest
 from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax import models
-from dilformer_jax.models import blocks, bundle
+from dilformer_jax.io import bundle
+from dilformer_jax.models import blocks
 from dilformer_jax.ops import folding, spatial
 
 # A quarter of the time to compile; nothing here is large enough for the difference in speed.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import training_runs as runs
 
-from dilformer_jax.models import bundle
+from dilformer_jax.io import bundle
 from dilformer_jax.training import checkpoint
 
 

@@ -105,6 +105,14 @@ def test_the_report_is_one_small_file_without_a_network(report):
     assert report.stat().st_size < 1e6 and [path.name for path in report.parent.iterdir()] == ["report.html"]
 
 
+def test_a_pair_without_labels_has_a_report_without_structures(pair, facts, report, tmp_path):
+    bare = replace(pair, fixed_labels=None, moving_labels=None, moved_labels=None)
+    pair_report.write(tmp_path / "report.html", "B to A", bare, replace(facts, structures=()))
+    headings = lambda page: re.findall("<h2>(.*?)</h2>", page.read_text("utf-8"))
+    gone = {"Structures on the images", "Dice and HD95 of each structure"}
+    assert set(headings(report)) - set(headings(tmp_path / "report.html")) == gone
+
+
 def test_shapes_that_disagree_are_refused(pair):
     with pytest.raises(ValueError, match=r"moved_labels is \(17, 22, 13\)"):
         replace(pair, moved_labels=pair.moved_labels[1:])

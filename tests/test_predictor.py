@@ -10,8 +10,8 @@ from toys import TINY, Constant, image, predictor, tiny_bundle
 
 from dilformer_jax import models
 from dilformer_jax.data.preprocessing import prepared, resolved
+from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.models import bundle
 from dilformer_jax.registration import pipeline
 from dilformer_jax.registration.predictor import load_predictor, read_config
 from dilformer_jax.training import checkpoint

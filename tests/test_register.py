@@ -13,8 +13,8 @@ import SimpleITK as sitk
 from toys import SHAPE, affine, image, tiny_bundle, write
 
 from dilformer_jax import register
+from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import read_image, read_labels
-from dilformer_jax.models import bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,8 +23,7 @@ def run_register(
     inputs: Path, output: Path, *more: str, fixed="fixed", moving="moving", weights: str | None = "weights"
 ) -> None:
     files = ["--fixed", inputs / f"{fixed}.nii.gz", "--moving", inputs / f"{moving}.nii.gz"]
-    if weights is not None:
-        files += ["--weights", inputs / weights]
+    files += ["--weights", "none" if weights is None else inputs / weights]
     affine = [] if "--affine" in more else ["--affine", "none"]
     register.main(["register", *map(str, files), "--output", str(output), *affine, *more])
 
@@ -147,6 +146,9 @@ def broken(tmp_path_factory, inputs: Path) -> Path:
         ({}, ("--refine", "many"), "argument --refine: invalid int value: 'many'"),
         ({}, ("--diffeomorphic",), "--diffeomorphic says how to refine; give --refine N with it"),
         ({"weights": None}, ("--refine", "0"), "--refine is 0; give 1 or more steps"),
+        ({"weights": None}, ("--workdir", "x"), "not allowed with argument --weights"),
+        ({}, ("--refine", "0", "--similarity", "mind"), "--similarity says how to refine; give --refine N with it"),
+        ({"moving": "giant"}, (), "do without a network .--weights none."),
         ({}, ("--pairs", "pairs.csv"), "give --fixed and --moving, or --pairs"),
         ({}, ("--shard", "2/3"), "--shard divides the pairs"),
         ({}, ("--shard", "3/2"), "'3/2' is no part of a whole"),

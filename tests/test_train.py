@@ -12,8 +12,8 @@ import training_runs as runs
 
 from dilformer_jax import train
 from dilformer_jax.data import folders, generated, pipeline
+from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import BadInput, read_labels, write_labels
-from dilformer_jax.models import bundle
 from dilformer_jax.training import checkpoint, logs, state
 
 
@@ -205,7 +205,7 @@ def test_a_run_goes_on_with_its_batches_on_other_devices(tmp_path: Path) -> None
     config.accumulate = 2
     assert train._batch_size(config, 3, tmp_path) == 6
     config.batch_size = 6
-    train._write_config(config, tmp_path, resuming=False, writing=True)
+    run_record.write_config(config, tmp_path, resuming=False, writing=True)
     config.batch_size, config.accumulate = 0, 3
     assert train._batch_size(config, 1, tmp_path) == 3  # nothing was done yet
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
@@ -216,19 +216,19 @@ def test_a_run_goes_on_with_its_batches_on_other_devices(tmp_path: Path) -> None
 
 def test_a_run_of_before_an_option_existed_goes_on_at_its_default(tmp_path: Path) -> None:
     config = train.cli.load_config(str(runs.ROOT / "configs" / "demo.py:tiny"))
-    train._write_config(config, tmp_path, resuming=False, writing=True)
+    run_record.write_config(config, tmp_path, resuming=False, writing=True)
     path = tmp_path / "config.json"
     old = json.loads(path.read_text())
     del old["model"]["options"]["dtype"]
     path.write_text(json.dumps(old))
-    train._write_config(config, tmp_path, resuming=True, writing=False)
+    run_record.write_config(config, tmp_path, resuming=True, writing=False)
     with config.unlocked():  # nor need it be given
         del config.model.options.dtype
-    train._write_config(config, tmp_path, resuming=True, writing=False)
+    run_record.write_config(config, tmp_path, resuming=True, writing=False)
     with config.unlocked():
         config.model.options.dtype = "bfloat16"
     with pytest.raises(BadInput, match="was trained with model.options.dtype=float32 and now is given bfloat16"):
-        train._write_config(config, tmp_path, resuming=True, writing=False)
+        run_record.write_config(config, tmp_path, resuming=True, writing=False)
 
 
 @pytest.mark.parametrize(
@@ -237,20 +237,20 @@ def test_a_run_of_before_an_option_existed_goes_on_at_its_default(tmp_path: Path
 )
 def test_a_run_keeps_what_decides_its_numbers(tmp_path: Path, key: str, value: float, said: str) -> None:
     config = train.cli.load_config(str(runs.ROOT / "configs" / "demo.py:tiny"))
-    train._write_config(config, tmp_path, resuming=False, writing=True)
+    run_record.write_config(config, tmp_path, resuming=False, writing=True)
     before = (tmp_path / "config.json").read_bytes()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(BadInput, match=said):
-        train._write_config(config, tmp_path, resuming=True, writing=True)
+        run_record.write_config(config, tmp_path, resuming=True, writing=True)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_an_option_that_is_left_out_is_a_change_too(tmp_path: Path) -> None:
     began = train.cli.load_config(str(runs.ROOT / "configs" / "demo.py:tiny"))
-    train._write_config(began, tmp_path, resuming=False, writing=True)
+    run_record.write_config(began, tmp_path, resuming=False, writing=True)
     began.data.options = {"train": 2, "validation": 2, "shape": (32, 32, 32)}  # the seed of the phantoms is missing
     with pytest.raises(train.BadInput, match=r"data\.options\.seed"):
-        train._write_config(began, tmp_path, resuming=True, writing=True)
+        run_record.write_config(began, tmp_path, resuming=True, writing=True)
 
 
 def test_a_loss_that_is_no_number_names_the_pairs(

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from dilformer_jax import models
 from dilformer_jax.data.preprocessing import resolved
-from dilformer_jax.models import bundle
+from dilformer_jax.io import bundle
 from dilformer_jax.registration.predictor import Predictor
 
 TINY = {"down": [2], "up": [2], "final": [2]}

@@ -347,9 +347,9 @@ def multi_resolution(
         moved = spatial.warp(moving, u)
         where = fixed > 0 if foreground else None
         alike = lncc(fixed, moved, window, border=border, where=where) if similarity == "lncc" else mse(fixed, moved)
-        weight = weight * _joined(level, len(weights), coarse_to_fine, progress)
-        similar += weight * alike
-        smooth += weight * regulariser_weight * REGULARISERS[regulariser](u)
+        counting = weight * _joined(level, len(weights), coarse_to_fine, progress)
+        similar += counting * alike
+        smooth += counting * regulariser_weight * REGULARISERS[regulariser](u)
     dissimilarity = -similar if similarity == "lncc" else similar
     loss = dissimilarity + smooth
     if "overlap" in more:

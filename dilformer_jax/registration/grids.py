@@ -129,7 +129,8 @@ def check_size(volume: Volume, declared: Mapping[str, Any]) -> None:
         sides = "x".join(f"{side:.4g}" for side in spacing(volume.affine))
         raise BadInput(
             f"{volume.path} shows something {longest:.4g} mm across, where the weights' grid is {known:.4g} mm: its "
-            f"voxel size, {sides} mm, is probably wrong; correct its header, or register without weights."
+            f"voxel size, {sides} mm, is probably wrong; correct its header, or do without a network "
+            "(--weights none)."
         )
 
 

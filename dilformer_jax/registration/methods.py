@@ -123,7 +123,7 @@ def refined(method: Method, predictor: Predictor | None, refinement: Refinement)
 
 def chosen(
     name: str | None,
-    weights: Path | None,
+    weights: Path | str | None,
     workdir: Path | None,
     refinement: Refinement | None,
     syn_iterations: Sequence[int] | None = None,

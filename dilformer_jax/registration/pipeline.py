@@ -222,7 +222,7 @@ def _checked(fixed: Volume, moving: Volume, declared: Mapping[str, Any]) -> list
         if grids.is_head(volume):
             warnings.append(
                 f"{volume.path} seems to show a whole head, and the weights know stripped brains; give a brain mask "
-                "(--fixed-mask, --moving-mask), or the result may be poor."
+                "(--fixed-mask, --moving-mask) or do without a network (--weights none), or the result may be poor."
             )
     return warnings
 

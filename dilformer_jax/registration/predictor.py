@@ -14,13 +14,14 @@ from jaxtyping import Float32
 
 from dilformer_jax import models
 from dilformer_jax.data.preprocessing import by, corner, prepared, resolved
+from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.models import bundle
 from dilformer_jax.ops import spatial
 
 Image = Float32[np.ndarray, "_ _ _"]
 Displacement = Float32[np.ndarray, "_ _ _ 3"]
 SMALLEST = 2  # voxels along each axis at the deepest level of a network
+AFTER_DEFAULT = 0  # steps of refinement that follow the default network where nothing is said of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,12 +126,12 @@ class Predictor:
         if min(settings["crop_to"] or shape) <= (SMALLEST - 1) * step:
             raise BadInput(
                 f"{name} is {by(shape)}, too small for {self.name}, which needs {(SMALLEST - 1) * step + 1} voxels or "
-                "more along each axis; resample it to smaller voxels or pad it."
+                "more along each axis; resample it to smaller voxels, pad it, or do without a network."
             )
 
 
 def load_predictor(weights: Path | str | None = None, workdir: Path | str | None = None) -> Predictor:
-    """The network of a bundle, or that of a training run at its best checkpoint.
+    """The network of a bundle ('default': of the one that ships), or of a training run at its best checkpoint.
 
     Raises BadInput where there is none, or one that this version does not know; ValueError unless just one is given.
     """

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dilformer_jax.data.protocols import Task, atlas
+from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.models import bundle
 from dilformer_jax.registration.predictor import keywords, read_config
 
 RECORD = "run.json"  # that `train` writes

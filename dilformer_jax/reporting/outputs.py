@@ -87,6 +87,7 @@ def write(
             told["warnings"],
             told["versions"],
             told.get("command", ""),
+            method(told["settings"]) if "settings" in told else "",
         )
         title = f"{moving.path.name} to {fixed.path.name}"
         pair_report.write(folder / "report.html", title, pair, facts)
@@ -94,6 +95,16 @@ def write(
     told["outputs"] = sorted([path.name for path in folder.iterdir()] + ["run.json"])
     tables.write_json(folder / "run.json", told)
     return told
+
+
+def method(settings: Mapping[str, Any]) -> str:
+    """What registered, as a sentence, of settings as run.json has them: the network by its name and SHA-256."""
+    refinement = settings["refinement"]
+    steps = "" if refinement is None else f"{refinement['steps']} steps of refinement"
+    if settings["network"] is None:
+        return f"No network: {steps}."
+    refined = f", then {steps}" if steps else ""
+    return f"Network: {settings['network']} (SHA-256 {settings['parameters_sha256']}){refined}."
 
 
 def write_index(output: Path, pairs: Sequence[Pair]) -> None:

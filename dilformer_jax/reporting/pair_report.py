@@ -39,6 +39,7 @@ class Facts:
     `metrics` are rows as `measures.rows` makes them. `structures` has for each structure the keys `structure` (its name
     or id), `dice_before`, `dice_after`, `hd95_before` and `hd95_after` (mm; None or NaN where there is none). `headers`
     has what `provenance.header` found of "fixed" and of "moving", and of label maps where they are of interest.
+    `method` says in a sentence what registered.
     """
 
     metrics: Sequence[Mapping[str, Any]]
@@ -48,6 +49,7 @@ class Facts:
     warnings: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
+    method: str = ""
 
 
 def write(path: Path, title: str, shown: Shown, facts: Facts) -> None:
@@ -55,13 +57,15 @@ def write(path: Path, title: str, shown: Shown, facts: Facts) -> None:
     turned = upright(shown)
     compare = [viewer.viewer(turned), "<noscript><p>The figures below show the same without a script.</p></noscript>"]
     compare.append(html.paragraphs("Hold a picture to see the fixed image in its place. " + PICTURES))
-    labelled = turned.fixed_labels is not None or turned.moved_labels is not None
+    outlines = []
+    if turned.fixed_labels is not None or turned.moved_labels is not None:
+        outlines.append(html.section("Structures on the images", _figure(pair_figures.outlines(turned), "borders")))
     parts = [
         _verdict(facts.checks),
         *_warnings(facts.warnings),
         html.section("Compare", *compare),
         html.section("Alignment", _figure(pair_figures.alignment(turned), "fixed, moving, aligned and moved image")),
-        *([html.section("Structures on the images", _figure(pair_figures.outlines(turned), "borders"))] * labelled),
+        *outlines,
         html.section(
             "Deformation",
             html.paragraphs(DEFORMATION),
@@ -76,6 +80,8 @@ def write(path: Path, title: str, shown: Shown, facts: Facts) -> None:
         rows = [{"": name} | {which: h.get(name) for which, h in facts.headers.items()} for name in names]
         parts.append(html.section("Headers", html.table(rows)))
     origin = [f"<pre>{escape(facts.command)}</pre>"] if facts.command else []
+    if facts.method:
+        origin.append(html.paragraphs(facts.method))
     if facts.versions:
         origin.append(html.paragraphs(", ".join(f"{name} {version}" for name, version in facts.versions.items())))
     if origin:

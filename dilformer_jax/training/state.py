@@ -82,7 +82,11 @@ def optimiser(
         raise BadInput(f"optimiser.kind is {kind!r}; give one of {', '.join(KINDS)}.")
     if not decay >= 0 or (decay and kind != "adamw"):
         raise BadInput(f"optimiser.decay is {decay} with {kind}; make it 0, or positive with 'adamw'.")
-    moments = {"adam": optax.adam, "amsgrad": optax.amsgrad, "adamw": functools.partial(optax.adamw, weight_decay=decay)}
+    moments = {
+        "adam": optax.adam,
+        "amsgrad": optax.amsgrad,
+        "adamw": functools.partial(optax.adamw, weight_decay=decay),
+    }
     return optax.chain(optax.clip_by_global_norm(clip), moments[kind](rate))
 
 

@@ -2,12 +2,14 @@
 
 `model.safetensors` and `model.npz` hold the same arrays under flat names such as `encoder/enter/Conv_0/kernel`.
 `model.json` says what they are: network and its options, preprocessing, grid, labels, training data and its licence,
-validation figures, versions, and the SHA-256 of `model.safetensors`.
+validation figures, versions, and the SHA-256 of `model.safetensors`. One such folder is part of the package, `SHIPPED`:
+wherever a path is asked for here, the text 'default' names it.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from dilformer_jax.io.folders import digest, staged
 from dilformer_jax.io.volumes import BadInput
 
 NAME = "model"
+SHIPPED = Path(__file__).parents[1] / "weights"
+DEFAULT, NONE = "default", "none"  # how commands are told to take the weights that ship, and no network at all
 KEYS = ("network", "preprocessing", "grid", "labels", "training", "validation", "versions")
 DTYPES = ("float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "bool")
 
@@ -49,24 +53,50 @@ def load(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     `path` is its folder, its .json or its .safetensors file. Raises BadInput where a file is missing or no part of a
     bundle, and where the parameters are not those that the description was written for.
     """
-    description = describe(path)
-    weights = _file(path, ".safetensors")
-    if not weights.is_file():
-        raise BadInput(f"{weights} does not exist; keep it beside {_file(path, '.json').name}, or export again.")
-    if digest(weights) != description["sha256"]:
-        raise BadInput(
-            f"{weights} is not the file that {_file(path, '.json').name} describes (its sha256 differs): it is damaged "
-            "or was replaced; copy the whole bundle again."
-        )
-    return unflatten(safetensors.numpy.load_file(weights)), description
+    with _of_the_installation(path):
+        description = _description(path)
+        weights = parameters_file(path)
+        if not weights.is_file():
+            raise BadInput(f"{weights} does not exist; keep it beside {_file(path, '.json').name}, or export again.")
+        if digest(weights) != description["sha256"]:
+            raise BadInput(
+                f"{weights} is not the file that {_file(path, '.json').name} describes (its sha256 differs): it is "
+                "damaged or was replaced; copy the whole bundle again."
+            )
+        return unflatten(safetensors.numpy.load_file(weights)), description
 
 
 def describe(path: Path | str) -> dict[str, Any]:
     """The description alone, of a `path` as for `load`. Raises BadInput where it is missing or is no description."""
+    with _of_the_installation(path):
+        return _description(path)
+
+
+def parameters_file(path: Path | str) -> Path:
+    """Where the parameters of a `path` as for `load` are, or should be."""
+    return _file(path, ".safetensors")
+
+
+@contextmanager
+def _of_the_installation(path: Path | str) -> Iterator[None]:
+    """Nobody can export again what ships: says how else to mend it."""
+    try:
+        yield
+    except BadInput as fault:
+        if path != DEFAULT:
+            raise
+        raise BadInput(
+            f"The default weights cannot be used ({str(fault).partition(';')[0]}): install dilformer-jax again, or do "
+            "without a network (--weights none, in Python weights=None)."
+        ) from fault
+
+
+def _description(path: Path | str) -> dict[str, Any]:
     file = _file(path, ".json")
     if not file.is_file():
-        found = "does not exist" if not Path(path).exists() else f"has no {file.name}"
-        raise BadInput(f"{path} {found}; give the folder that `export` wrote, or the .safetensors file in it.")
+        there = path != DEFAULT and Path(path).exists()
+        found = f"{Path(path)} has no {file.name}" if there else f"{file if path == DEFAULT else path} does not exist"
+        raise BadInput(f"{found}; give the folder that `export` wrote, or the .safetensors file in it.")
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as fault:
@@ -116,8 +146,9 @@ def unflatten(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _file(path: Path | str, suffix: str) -> Path:
-    path = Path(path)
-    if path.is_dir():
+    # A text: Path("default") is a folder of this name.
+    path = SHIPPED if path == DEFAULT else Path(path)
+    if path.is_dir() or path == SHIPPED:
         return path / f"{NAME}{suffix}"
     if path.suffix not in (".json", ".safetensors"):
         found = f"is a {path.suffix or 'file without ending'}" if path.exists() else "does not exist"
