@@ -105,6 +105,13 @@ def test_the_report_is_one_small_file_without_a_network(report):
     assert report.stat().st_size < 1e6 and [path.name for path in report.parent.iterdir()] == ["report.html"]
 
 
+def test_without_labels_the_report_has_no_structures(pair, facts, tmp_path):
+    bare = replace(pair, fixed_labels=None, moving_labels=None, moved_labels=None)
+    pair_report.write(tmp_path / "report.html", "B to A", bare, replace(facts, structures=()))
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Structures on the images" not in page and "<h2>Alignment</h2>" in page
+
+
 def test_shapes_that_disagree_are_refused(pair):
     with pytest.raises(ValueError, match=r"moved_labels is \(17, 22, 13\)"):
         replace(pair, moved_labels=pair.moved_labels[1:])

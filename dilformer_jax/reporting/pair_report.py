@@ -61,7 +61,7 @@ def write(path: Path, title: str, shown: Shown, facts: Facts) -> None:
         *_warnings(facts.warnings),
         html.section("Compare", *compare),
         html.section("Alignment", _figure(pair_figures.alignment(turned), "fixed, moving, aligned and moved image")),
-        *([html.section("Structures on the images", _figure(pair_figures.outlines(turned), "borders"))] * labelled),
+        *([_outlines(turned)] if labelled else []),
         html.section(
             "Deformation",
             html.paragraphs(DEFORMATION),
@@ -109,6 +109,10 @@ def _warnings(warnings: Sequence[str]) -> list[str]:
     if not warnings:
         return []
     return [f'<ul class="warnings warn">{"".join(f"<li>{escape(warning)}</li>" for warning in warnings)}</ul>']
+
+
+def _outlines(shown: Shown) -> str:
+    return html.section("Structures on the images", _figure(pair_figures.outlines(shown), "borders"))
 
 
 def _structures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
