@@ -6,7 +6,8 @@
 Every run is `configs/lpba40_cpu.py` with fewer steps, at half or a quarter of LPBA40's resolution, trained on S11-S34,
 scored at its last step on the 30 ordered pairs of S35-S40, their labels at full resolution. A seed gives the parameters
 and the order of the pairs: runs of one seed see the same pairs. `--study parts` has the network's parts off in turn,
-`recipe` what concerns their training. Each run leaves OUTPUT/STUDY-SCALE/NAME-SEED.json; `--table` prints what they show.
+`recipe` what concerns their training. Each run leaves OUTPUT/STUDY-SCALE/NAME-SEED.json; `--table` prints what they
+show.
 
 An effect is the mean difference to the base's Dice, over pairs and over the seeds that both have. Its standard error
 comes from the differences of single seeds to their means, which all variants of a study share; below two of them the

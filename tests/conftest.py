@@ -43,8 +43,10 @@ def one_form(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # The files that take longest, which pytest-xdist's workers begin with, so that none is left with one at the end.
-LONGEST = ("train", "step", "models", "configs", "multihost", "affine", "end_to_end", "default_weights", "slabs",
-           "refine", "benchmark")  # fmt: skip
+LONGEST = (
+    *("train", "notebooks", "step", "models", "configs", "multihost"),
+    *("affine", "end_to_end", "default_weights", "slabs", "refine", "benchmark"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
