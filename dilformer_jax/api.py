@@ -48,6 +48,7 @@ class How:
         return {
             "network": None if self.predictor is None else self.predictor.name,
             "parameters_sha256": None if self.predictor is None else self.predictor.sha256,
+            **({} if self.predictor is None else self.predictor.asked),
             "refinement": None if self.refinement is None else dataclasses.asdict(self.refinement),
             "affine": str(self.affine) if isinstance(self.affine, Path) else self.affine,
             "formats": list(self.formats),
@@ -204,6 +205,7 @@ def registered(
     weights: Path | str | None = bundle.DEFAULT,
     workdir: Path | str | None = None,
     affine: "str | Path | np.ndarray" = "auto",
+    smoothness: float | None = None,
     refine: int | None = None,
     fixed_labels: "Path | str | Image | None" = None,
     moving_labels: "Path | str | Image | None" = None,
@@ -216,6 +218,7 @@ def registered(
 
     By the network that ships, or that of other `weights` (a bundle) or of a `workdir` (a training run), with `refine`
     steps of refinement behind it; with `weights` None by refinement alone, 50 steps unless `refine` says otherwise.
+    A network that was trained for several is asked for `smoothness`, its regulariser's weight times the usual one.
     Further keywords are `Refinement`'s: `similarity`, `diffeomorphic` ... `affine` is 'auto', 'search', 'none', a file
     or a matrix (4, 4) from fixed to moving RAS mm. Masks hide all but the brain. `reading` says how to read what
     headers leave open.
@@ -225,6 +228,10 @@ def registered(
     from dilformer_jax.registration.refine import Refinement
 
     predictor, otherwise = network(weights, workdir)
+    if predictor is not None:
+        predictor = predictor.with_smoothness(smoothness)
+    elif smoothness is not None:
+        raise BadInput("smoothness is asked of a network; leave it out with weights=None.")
     steps = otherwise if refine is None else refine
     if steps < (predictor is None):
         raise BadInput(f"refine is {steps}; give {int(predictor is None)} or more steps, 50 for example.")

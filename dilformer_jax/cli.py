@@ -52,7 +52,17 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--syn-iterations", type=int, nargs="+", metavar="N", help="of SyN on its levels, coarse to fine (160 80 40)"
     )
+    add_smoothness(parser)
     add_refinement(parser, "none")
+
+
+def add_smoothness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--smoothness",
+        type=float,
+        metavar="S",
+        help="of a network that was trained for several: its regulariser's weight, times the usual one (1)",
+    )
 
 
 def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:

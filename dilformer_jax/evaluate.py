@@ -46,7 +46,12 @@ def run(options: argparse.Namespace, command: str) -> None:
     task = _task(options, known)
     worth = selection.sentence(task, None if options.method else known)
     method = methods.chosen(
-        options.method, options.weights, options.workdir, cli.refinement(options), options.syn_iterations
+        options.method,
+        options.weights,
+        options.workdir,
+        cli.refinement(options),
+        options.syn_iterations,
+        options.smoothness,
     )
     scoring = Scoring(task.labels, task.groups, options.tolerance)
     evaluation.check(task.pairs, method)
@@ -166,7 +171,8 @@ def _folder(options: argparse.Namespace) -> str:
     """Where results go that nobody has named a place for: two questions about one run do not overwrite each other."""
     pairs = options.pairs.stem if options.pairs else options.protocol
     refined = "" if options.refine is None else f"refine{options.refine}" + "-diffeomorphic" * options.diffeomorphic
-    return "-".join(part for part in ("evaluation", options.method, pairs, options.split, refined) if part)
+    smoothed = "" if options.smoothness is None else f"smoothness{options.smoothness:g}"
+    return "-".join(part for part in ("evaluation", options.method, pairs, options.split, smoothed, refined) if part)
 
 
 def _millimetres(text: str) -> float:

@@ -86,7 +86,8 @@ def lines(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield (
         "trained on",
         f"{_subjects(training.get('subjects'))} of {training['dataset']}, {training.get('pairs', '?')} pairs, "
-        f"{training['steps']:,} steps, seed {training['seed']}",
+        f"{training['steps']:,} steps, seed {training['seed']}"
+        + (f", beginning with {training['start_from']}" if training.get("start_from") else ""),
     )
     yield "chosen by", _subjects(training.get("chosen_by"))
     yield "licence", training["licence"] or "not recorded"
@@ -142,7 +143,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return "none" if value is None else by(value) if isinstance(value, list | tuple) else text(value)
+    if isinstance(value, list | tuple):
+        return by(value) if all(isinstance(part, int) for part in value) else " to ".join(map(text, value))
+    return "none" if value is None else text(value)
 
 
 def _file(weights: str, sha256: str) -> tuple[str, bool]:

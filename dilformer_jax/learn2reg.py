@@ -105,7 +105,12 @@ def _method(options: argparse.Namespace) -> "Method":
         found = " and ".join(f"--{name}" for name in given) or "none"
         raise BadInput(f"Pairs are registered by one of --workdir, --weights and --method; {found} given.")
     return methods.chosen(
-        options.method, options.weights, options.workdir, cli.refinement(options), options.syn_iterations
+        options.method,
+        options.weights,
+        options.workdir,
+        cli.refinement(options),
+        options.syn_iterations,
+        options.smoothness,
     )
 
 

@@ -97,6 +97,7 @@ def _parser() -> cli.Arguments:
         metavar="auto|search|none|FILE",
         help="alignment beforehand: found; found from all 24 turns; none, as the headers say; read from a file",
     )
+    cli.add_smoothness(parser)
     cli.add_refinement(parser, "without a network 50; 0: the network alone")
     parser.add_argument("--fixed-labels", type=Path, help="label map of the fixed image, to measure Dice by")
     parser.add_argument("--moving-labels", type=Path, help="label map of the moving image, warped too")
@@ -123,6 +124,10 @@ def _parser() -> cli.Arguments:
 
 def _how(options: argparse.Namespace, command: str) -> How:
     predictor, steps = network(bundle.DEFAULT if options.weights is None else options.weights, options.workdir)
+    if predictor is not None:
+        predictor = predictor.with_smoothness(options.smoothness)
+    elif options.smoothness is not None:
+        raise BadInput("--smoothness is asked of a network; leave it out with --weights none.")
     refinement = cli.refinement(options, steps, alone=predictor is None)
     known = options.affine in ("auto", "search", "none")
     if not known and not Path(options.affine).is_file():

@@ -6,7 +6,7 @@
 Every run is `configs/lpba40_cpu.py` with fewer steps, at half or a quarter of LPBA40's resolution, trained on S11-S34,
 scored at its last step on the 30 ordered pairs of S35-S40, their labels at full resolution. A seed gives the parameters
 and the order of the pairs: runs of one seed see the same pairs. `--study parts` has the network's parts off in turn,
-`recipe` what concerns their training. Each run leaves OUTPUT/STUDY-SCALE/NAME-SEED.json; `--table` prints what they
+`recipe` what concerns their training. Each run leaves OUTPUT/SCALE-STEPS/NAME-SEED.json; `--table` prints what they
 show.
 
 An effect is the mean difference to the base's Dice, over pairs and over the seeds that both have. Its standard error
@@ -129,7 +129,7 @@ def run(study: str, name: str, scale: str, steps: int, seed: int, directory: Pat
     from dilformer_jax import train
     from dilformer_jax.io import executables
 
-    path = output / f"{study}-{scale}" / f"{filed(name)}-{seed}.json"
+    path = output / f"{scale}-{steps}" / f"{filed(name)}-{seed}.json"
     if path.is_file():
         return
     executables.keep()
@@ -142,7 +142,7 @@ def run(study: str, name: str, scale: str, steps: int, seed: int, directory: Pat
     log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((workdir / "run.json").read_text())
     found |= {
-        "study": study, "name": name, "scale": scale, "steps": steps, "seed": seed,
+        "name": name, "scale": scale, "steps": steps, "seed": seed,
         "edits": {key: value for key, value in edits.items()},
         "loss": [line["loss"] for line in log if "loss" in line],
         "versions": record["versions"], "devices": record["devices"],
@@ -194,14 +194,15 @@ def volumes(subjects: tuple[Any, ...]) -> tuple[dict[str, np.ndarray], dict[str,
     )
 
 
-def table(output: Path, study: str, scale: str) -> str:
+def table(output: Path, study: str, scale: str, steps: int) -> str:
     """What the runs of a study show, in Markdown."""
     runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in STUDIES[study]}
-    for path in sorted((output / f"{study}-{scale}").glob("*.json")):
+    for path in sorted((output / f"{scale}-{steps}").glob("*.json")):
         found = json.loads(path.read_text())
-        runs[found["name"]][found["seed"]] = found
+        if found["name"] in runs:
+            runs[found["name"]][found["seed"]] = found
     if not runs[BASE]:
-        return f"No run of the base in {output / f'{study}-{scale}'} yet."
+        return f"No run of the base in {output / f'{scale}-{steps}'} yet."
     dice = {name: {seed: mean(run, "dice") for seed, run in seeds.items()} for name, seeds in runs.items() if seeds}
     apart = {
         name: np.array([of[seed] - dice[BASE][seed] for seed in sorted(of.keys() & dice[BASE].keys())])
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.table:
-        print(table(options.output, options.study, options.scale))
+        print(table(options.output, options.study, options.scale, options.steps))
         return
     if options.data is None:
         parser.error("give --data, LPBA40's folder")
@@ -267,11 +268,12 @@ def main() -> None:
     if unknown := [name for name in options.only or () if name not in known]:
         parser.error(f"--study {options.study} has no {unknown[0]!r}; it has {', '.join(known)}")
     names = [name for name in known if name == BASE or name in (options.only or known)]
-    (options.output / f"{options.study}-{options.scale}").mkdir(parents=True, exist_ok=True)
+    folder = options.output / f"{options.scale}-{options.steps}"
+    folder.mkdir(parents=True, exist_ok=True)
 
     def start(name: str) -> None:
         # A process each: a program that has been compiled stays in a process's memory.
-        log = options.output / f"{options.study}-{options.scale}" / f"{filed(name)}.log"
+        log = folder / f"{filed(name)}.log"
         with log.open("a") as file:
             code = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--one", name], stdout=file, stderr=file,
@@ -281,7 +283,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(start, names))
-    print(table(options.output, options.study, options.scale))
+    print(table(options.output, options.study, options.scale, options.steps))
 
 
 if __name__ == "__main__":

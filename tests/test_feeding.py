@@ -45,7 +45,9 @@ def seen(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return ndimage.affine_transform(image.astype(np.float64), matrix, offset, order=1)
 
 
-@pytest.mark.parametrize("how", [{}, {"flips": (0, 2)}, {"flips": (2, 1), "affine": (0.1, 0.05)}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"flips": (0, 2)}, {"flips": (2, 1), "affine": (0.1, 0.05), "gamma": 0.4}], ids=str
+)
 @pytest.mark.parametrize("on_devices", [False, True], ids=["streamed", "resident"])
 def test_a_batch_is_what_numpy_makes_of_the_files(
     pairs: tuple[Pair, ...], resident: feeding.Resident, how: dict[str, Any], on_devices: bool
@@ -70,6 +72,8 @@ def test_a_batch_is_what_numpy_makes_of_the_files(
                     if "affine" in how:
                         image = seen(image, told["affine"][k, column])
                         assert 0 < (image == 0).mean() < 0.9  # what comes from outside
+                    if "gamma" in how:
+                        image = image ** told["power"][k, column]
                     found, beyond = np.split(np.asarray(made[role][k, ..., 0]), [SHAPE[0]])
                     assert beyond.shape[0] == 3 and not beyond.any()
                     np.testing.assert_allclose(found, image, rtol=0, atol=1e-6 if "affine" in how else 0)

@@ -59,4 +59,6 @@ def test_what_cannot_be_chosen():
             methods.chosen(name, None, None, None, iterations)
     with pytest.raises(BadInput, match="not from --method syn"):
         methods.chosen("syn", None, None, Refinement(5))
+    with pytest.raises(BadInput, match="--smoothness is asked of a network, not of --method identity"):
+        methods.chosen("identity", None, None, None, smoothness=2.0)
     assert methods.chosen("identity", None, None, Refinement(5)).settings["refinement"]["steps"] == 5

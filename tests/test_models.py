@@ -22,7 +22,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("dilformer", {}),
     "recursive": (
         "dilformer",
-        dict(recursions=2, diffeomorphic=True, dilformer="fused", attention="windows", heads=2, window=(2, 3, 2)),
+        dict(recursions=2, diffeomorphic=True, dilformer="fused", attention="windows", heads=2, window=(2, 3, 2))
+        | dict(dilations=(3, 1, 2), smoothness=(0.5, 2.0)),
     ),
     "ablated": (
         "dilformer",
@@ -80,16 +81,17 @@ def computed(name: str) -> Any:
     """
     module, params = network(name), trained(name)
     fixed, moving = images(module)
+    told = {"smoothness": 1.5} if getattr(module, "smoothness", ()) else {}
 
     def apply(params, fixed, moving):
         stack = lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
         def mean(params):
-            single = module.apply({"params": params}, stack(fixed, moving), stack(moving, fixed))
+            single = module.apply({"params": params}, stack(fixed, moving), stack(moving, fixed), **told)
             return (single[0] * np.random.default_rng(2).normal(size=single[0].shape)).mean(), single
 
         gradients, single = jax.grad(mean, has_aux=True)(params)
-        return single, module.apply({"params": params}, fixed, moving, both=True), gradients
+        return single, module.apply({"params": params}, fixed, moving, both=True, **told), gradients
 
     return jax.device_get(compiled(apply)(params, fixed, moving))
 
@@ -215,6 +217,33 @@ def test_correlation_is_the_mean_product_at_each_of_the_27_places() -> None:
             np.testing.assert_allclose(found[b, *place, n], expected, atol=1e-5)
 
 
+def test_conditioning_scales_and_shifts_each_channel() -> None:
+    random = np.random.default_rng(0)
+    x, block = jnp.asarray(random.normal(size=(2, 2, 3, 2, 4)), jnp.float32), blocks.Conditioning()
+    params = block.init(jax.random.key(0), x, jnp.float32(0.7))["params"]
+    np.testing.assert_array_equal(block.apply({"params": params}, x, jnp.float32(0.7)), x)  # a fresh one
+    params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32), params)
+    widen, film = ({name: np.asarray(leaf) for name, leaf in params[part].items()} for part in ("widen", "film"))
+    for number in (0.7, -1.2):
+        hidden = number * widen["kernel"][0] + widen["bias"]
+        scale, shift = np.split(np.where(hidden > 0, hidden, 0.1 * hidden) @ film["kernel"] + film["bias"], 2)
+        found = block.apply({"params": params}, x, jnp.float32(number))
+        np.testing.assert_allclose(found, np.asarray(x) * (1 + scale) + shift, rtol=1e-4, atol=1e-4)
+
+
+def test_queries_keys_and_values_see_their_own_distances() -> None:
+    """The features of one voxel come to lie as far apart as the dilations say, and nowhere else."""
+    x = jnp.zeros((1, 11, 11, 11, 4)).at[0, 5, 5, 5].set(jnp.arange(1.0, 5.0))
+    block = blocks.Dilformer(heads=2, dilations=(1, 4, 2))
+    params = block.init(jax.random.key(0), x)["params"]
+    ranges = lambda layer, method: (layer.name or "").endswith("_range")
+    _, seen = block.apply({"params": params}, x, capture_intermediates=ranges)
+    for name, dilation in (("query", 1), ("key", 4), ("value", 2)):
+        (y,) = seen["intermediates"][f"{name}_range"]["__call__"]
+        offsets = np.argwhere(np.abs(np.asarray(y[0])).max(-1) > 1e-6) - 5
+        assert {*offsets.ravel()} == {-dilation, 0, dilation} and len(offsets) == 27
+
+
 def test_srf_tells_a_small_difference_from_a_large_one() -> None:
     """A norm of every path would make twice the input the same output."""
     x = jnp.asarray(np.random.default_rng(5).normal(size=(1, 4, 4, 4, 6)), jnp.float32)
@@ -278,6 +307,8 @@ def test_unknown_networks_and_options_are_named(name: str, options: dict[str, An
         ({"levels": 0}, "levels is 1 or more, got 0"),
         ({"finest": -1}, "finest is 0 or more, got -1"),
         ({"recursions": 0}, "recursions is 1 or more, got 0"),
+        ({"dilations": (1, 2, 0)}, r"dilations are three of 1 or more, got \(1, 2, 0\)"),
+        ({"smoothness": (2.0, 4.0)}, r"smoothness is \(\) or two factors around 1, got \(2.0, 4.0\)"),
     ],
 )
 def test_options_that_do_not_exist_are_named(options: dict[str, Any], said: str) -> None:

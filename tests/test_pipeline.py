@@ -86,6 +86,15 @@ def test_random_affine_maps(pairs, common, own):
     assert abs(correlation - (1 if common else 0)) < 0.25
 
 
+def test_powers_of_intensities(pairs):
+    powers = np.concatenate([batch["power"] for batch in stream(pairs, 200, gamma=0.3, images=False)])
+    assert powers.shape == (800, 2) and powers.dtype == np.float32
+    logarithms = np.log(powers)
+    np.testing.assert_allclose(logarithms.std(0), 0.3, rtol=0.1)
+    assert np.abs(logarithms.mean(0)).max() < 0.05 and abs(np.corrcoef(logarithms.T)[0, 1]) < 0.15
+    assert "power" not in stream(pairs, 1)[0]
+
+
 def test_without_images_the_stream_is_the_same(pairs):
     options = {"affine": (0.1, 0.1), "start_step": 2, "process_index": 1, "process_count": 2}
     whole, numbers = (stream(pairs, images=images, **options) for images in (True, False))

@@ -99,6 +99,31 @@ def test_too_small_for_the_network():
         small.displacement(image((9, 9, 9)), np.full((9, 9, 9), -1, np.float32), ("a.nii", "b.nii"))
 
 
+class Told(Constant):
+    """Moves by params['shift'] times the smoothness that it is told."""
+
+    smoothness = (0.5, 2.0)
+
+    def apply(self, variables, fixed, moving, smoothness):
+        return super().apply({"params": {"shift": variables["params"]["shift"] * smoothness}}, fixed, moving)
+
+
+def test_a_network_is_asked_for_a_smoothness():
+    network = predictor(Told(), (1.0, -0.5, 0.25))
+    pair = image((17, 22, 19)), image((17, 22, 19), 1)
+    usual = network.displacement(*pair)
+    np.testing.assert_allclose(usual[3, 4, 5], [2.0, -1.0, 0.5], rtol=1e-6)
+    smoother = network.with_smoothness(1.5)
+    np.testing.assert_allclose(smoother.displacement(*pair), 1.5 * usual, rtol=1e-6)
+    assert len(network.module.traced) == 1, "compiled anew for a number"
+    assert smoother.asked == {"smoothness": 1.5} and network.with_smoothness(None) is network
+    with pytest.raises(BadInput, match="--smoothness is 3 and toy was trained for from 0.5 to 2; give such a one"):
+        network.with_smoothness(3.0)
+    with pytest.raises(BadInput, match="toy was trained for no smoothness but its own, 1"):
+        predictor(Constant()).with_smoothness(2.0)
+    assert predictor(Constant()).asked == {}
+
+
 def test_load_predictor(inputs: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="either weights or a workdir"):
         load_predictor()

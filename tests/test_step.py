@@ -287,3 +287,60 @@ def test_a_step_and_an_inference_lower_for_every_platform() -> None:
         # Native convolutions of volumes for the accelerators, those of planes for the CPU.
         text = exported.mlir_module()
         assert "dim_numbers = [b, 0, 1, 2, f]" in text and "dim_numbers = [b, 0, 1, f]" in text
+
+
+# --- what a state may keep, and a network be told ---
+
+
+class Shift:
+    """u = params['shift'] everywhere, or a ramp times the smoothness that it is told."""
+
+    downsampling = 2
+
+    def __init__(self, smoothness: tuple[float, ...] = (), power: int = 0) -> None:
+        self.smoothness, self.power = smoothness, power
+
+    def apply(self, variables: Any, fixed: Any, moving: Any, *, both: bool, remat: bool, smoothness: Any = 1.0) -> Any:
+        ramp = jnp.broadcast_to(jnp.arange(16.0)[:, None, None, None], (*fixed.shape[1:4], 3))
+        u = variables["params"]["shift"] + (0.1 * ramp * smoothness**self.power if self.smoothness else 0)
+        return (jnp.broadcast_to(u, (2 * len(fixed), *fixed.shape[1:4], 3)),)
+
+
+def steps_of(network: Any, count: int, average: float = 0.0, rate: float = 0.05) -> tuple[list[Any], list[Any]]:
+    """The states after each step, and what was measured."""
+    how = state.optimiser(learning_rate=rate, warmup_steps=0, total_steps=100, schedule="constant", clip=1.0)
+    params = {"shift": jnp.float32([0.3, -0.2, 0.1])}
+    now = state.State(jnp.int32(0), params, how.init(params), jax.tree.map(jnp.copy, params) if average else None)
+    step = state.step_function(network, how, LOSS, bidirectional=True, mesh=mesh(), average=average, total_steps=100)
+    states, seen = [], []
+    now = jax.device_put(now, parallel.replicated(mesh()))
+    for _ in range(count):
+        now, measured = step(now, batch())
+        states.append(jax.device_get(now))
+        seen.append({name: float(value) for name, value in measured.items()})
+    return states, seen
+
+
+def test_the_running_mean_forgets_where_it_began() -> None:
+    """By the recursion, whose first steps keep less than `average`: 1/10, 2/11, 3/12 ..."""
+    states, _ = steps_of(Shift(), 6, average=0.3)
+    mean = np.float64([0.3, -0.2, 0.1])
+    for number, now in enumerate(states):
+        kept = min(0.3, (1 + number) / (10 + number))
+        mean = kept * mean + (1 - kept) * now.params["shift"]
+        np.testing.assert_allclose(now.average["shift"], mean, rtol=1e-5)
+        assert now.trained is now.average
+    assert np.abs(states[-1].average["shift"] - states[-1].params["shift"]).max() > 1e-3
+    assert steps_of(Shift(), 1)[0][0].trained["shift"] is not None
+
+
+def test_a_network_is_told_the_smoothness_that_it_is_trained_for() -> None:
+    """The ramp's roughness is known: times the weight drawn, and, where the ramp follows what is told, its square."""
+    plain, told = (
+        np.array([line["regulariser"] for line in steps_of(Shift((0.5, 2.0), power), 40, rate=1e-9)[1]])
+        for power in (0, 1)
+    )
+    # At both levels the components change by 0.1 a voxel, along one of three axes.
+    drawn = plain / (0.1**2 / 3 * 1.5)
+    assert 0.5 <= drawn.min() < 0.7 and 1.4 < drawn.max() <= 2.0 and abs(np.log(drawn).mean()) < 0.25
+    np.testing.assert_allclose(told / plain, drawn**2, rtol=1e-3)

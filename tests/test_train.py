@@ -14,6 +14,7 @@ from dilformer_jax import train
 from dilformer_jax.data import folders, generated, pipeline
 from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import BadInput, read_labels, write_labels
+from dilformer_jax.reporting import run_record
 from dilformer_jax.training import checkpoint, logs, state
 
 
@@ -199,6 +200,39 @@ def test_a_run_goes_on_only_as_it_began(
     assert json.loads((workdir / "config.json").read_text())["data"]["workers"] == 1
 
 
+def test_a_run_starts_from_the_running_mean_of_another(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    short = (f"--config.{name}=16" for name in ("total_steps", "validate_every", "checkpoint_every"))
+    settings = (f"--config.data.directory={table}", *LEARNING, *short, "--config.average=0.7")
+    trained(monkeypatch, first, *settings)
+    mean, step = checkpoint.restore_params(first)
+    last = logs.read(first / "metrics.jsonl")[-1]
+    assert last["step"] == step and last["dice"] != last["dice_identity"]
+    started = (*settings, f"--config.start_from={first}")
+    trained(monkeypatch, second, *started)
+    begun = logs.read(second / "metrics.jsonl")[0]
+    assert (begun["step"], begun["dice"]) == (0, last["dice"])
+    # Its mean is not the parameters themselves, of which it knows the last four.
+    latest, _ = checkpoint.restore_params(second)
+    assert not np.array_equal(bundle.flatten(latest)["head/Conv_0/bias"], bundle.flatten(mean)["head/Conv_0/bias"])
+    # What the first has seen the second knows, here by files under names that the tables give.
+    runs_of = [json.loads((path / "run.json").read_text())["subjects"]["trained"] for path in (first, second)]
+    assert runs_of[0] and runs_of[0].items() <= runs_of[1].items()
+    shutil.rmtree(first)
+    trained(monkeypatch, second, *started)  # finished: what it began with may be gone
+    assert json.loads((second / "run.json").read_text())["subjects"]["trained"] == runs_of[1]
+    told = refusal(monkeypatch, capsys, tmp_path / "third", *started)
+    assert str(first) in told and "does not exist" in told
+    wider = "--config.model.options.final=(3,)"
+    told = refusal(monkeypatch, capsys, tmp_path / "third", *settings, f"--config.start_from={second}", wider)
+    assert f"config.start_from {second}: the parameters to start from have Conv_4/bias of 4 where" in told
+    told = refusal(monkeypatch, capsys, tmp_path / "third", *settings, "--config.average=1.0")
+    assert "average is 1.0; make it 0, for none, or less than 1" in told
+    assert not (tmp_path / "third").exists()
+
+
 def test_a_run_goes_on_with_its_batches_on_other_devices(tmp_path: Path) -> None:
     """0 stands for one pair a device and part; of a run that goes on, for what it stood for when that began."""
     config = train.cli.load_config(str(runs.ROOT / "configs" / "demo.py:tiny"))
@@ -219,7 +253,7 @@ def test_a_run_of_before_an_option_existed_goes_on_at_its_default(tmp_path: Path
     run_record.write_config(config, tmp_path, resuming=False, writing=True)
     path = tmp_path / "config.json"
     old = json.loads(path.read_text())
-    del old["model"]["options"]["dtype"]
+    del old["model"]["options"]["dtype"], old["average"], old["start_from"], old["data"]["gamma"]
     path.write_text(json.dumps(old))
     run_record.write_config(config, tmp_path, resuming=True, writing=False)
     with config.unlocked():  # nor need it be given

@@ -289,7 +289,7 @@ def multi_resolution(
     windows: Sequence[int],
     similarity: str,
     regulariser: str,
-    regulariser_weight: float,
+    regulariser_weight: float | Float[Array, ""],
     border: str,
     fixed_labels: UInt8[Array, "b d h w 1"] | None = None,
     moving_labels: UInt8[Array, "b d h w 1"] | None = None,

@@ -92,7 +92,7 @@ def network(predictor: Predictor) -> Method:
         displacement,
         predictor.compile,
         predictor.check_shape,
-        {"network": type(predictor.module).__name__},
+        {"network": type(predictor.module).__name__} | predictor.asked,
         predictor.sha256,
         count,
     )
@@ -127,15 +127,19 @@ def chosen(
     workdir: Path | None,
     refinement: Refinement | None,
     syn_iterations: Sequence[int] | None = None,
+    smoothness: float | None = None,
 ) -> Method:
     """The method of this name, one of 'identity', 'affine' and 'syn', or without one the network of the weights or of
-    the workdir; with a refinement, refined; SyN with so many iterations. Raises BadInput where that cannot be."""
+    the workdir, asked for this smoothness; with a refinement, refined; SyN with so many iterations. Raises BadInput
+    where that cannot be."""
     if syn_iterations is not None and (name != "syn" or min(syn_iterations) < 0 or max(syn_iterations) < 1):
         raise BadInput("--syn-iterations is for --method syn: how many on each level, none below 0 and not all 0.")
+    if smoothness is not None and name is not None:
+        raise BadInput(f"--smoothness is asked of a network, not of --method {name}.")
     if name in ("affine", "syn"):
         if refinement is not None:
             raise BadInput(f"--refine goes on from a network or from the identity, not from --method {name}.")
         return affine() if name == "affine" else syn(Syn(iterations=tuple(syn_iterations or Syn.iterations)))
-    predictor = None if name == "identity" else load_predictor(weights, workdir)
+    predictor = None if name == "identity" else load_predictor(weights, workdir).with_smoothness(smoothness)
     method = identity() if predictor is None else network(predictor)
     return method if refinement is None else refined(method, predictor, refinement)

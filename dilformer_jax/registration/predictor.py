@@ -119,6 +119,11 @@ class Predictor:
             raise BadInput(f"--smoothness is {smoothness:g} and {self.name} was trained for {known}; give such a one.")
         return dataclasses.replace(self, smoothness=float(smoothness))
 
+    @property
+    def asked(self) -> dict[str, float]:
+        """{"smoothness"} of a network that can be told one."""
+        return {"smoothness": self.smoothness} if getattr(self.module, "smoothness", ()) else {}
+
     def check_shape(self, shape: tuple[int, ...], name: Any) -> None:
         """Raises BadInput, about `name`, where the network's deepest level would have an axis of a single voxel."""
         settings = resolved(self.preprocessing)

@@ -35,6 +35,7 @@ def of_run(workdir: Path, which: str = "best", dataset: Dataset | None = None) -
         "pairs": None,
         "steps": step,
         "seed": config["seed"],
+        "start_from": config.get("start_from", ""),
     }
     if dataset is None:
         record = _record(workdir)
