@@ -6,8 +6,9 @@ a strided convolution; displacements and the loss live at 1/2 to 1/16 of it. Com
 
     python -m dilformer_jax.train --config configs/lpba40_labels.py --workdir runs/labels --config.data.directory=DIR
 
-Time: 7 minutes on one H100. Expected: Dice 0.758 over the 30 pairs, 0.522 before, 0.0075 % folded
-(experiments/results/lpba40_labels.md; those weights: experiments/lpba40). `:tiny` is a test of the plumbing.
+Time: 7 minutes on one H100. Expected: Dice 0.758 over the 30 pairs, 0.522 before, 0.0075 % folded; with
+`--config.loss.label_weight=0.0`, no labels, 6,000 steps and a running mean, 0.715 (experiments/results/lpba40.md).
+`lpba40_diffeomorphic.py` goes on from it. `:tiny` is a test of the plumbing.
 """
 
 from ml_collections import ConfigDict, config_dict  # type: ignore[import-untyped]

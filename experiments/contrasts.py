@@ -24,6 +24,7 @@ from dilformer_jax.io.volumes import normalise, read_image, read_labels
 from dilformer_jax.ops import overlap
 from dilformer_jax.registration.pipeline import register
 from dilformer_jax.registration.predictor import load_predictor
+from dilformer_jax.registration.refine import Refinement
 
 # Where fluid, grey and white matter lie in a T1 image normalised by percentiles.
 LEVELS = (0.25, 0.55, 0.85)
@@ -56,10 +57,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--name", choices=("ixi_2mm", "lpba40"), required=True)
     parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--smoothness", type=float, help="of a network that was trained for several")
+    parser.add_argument("--refine", type=int, default=0, help="steps of refinement by LNCC, of the T1 pairs alone")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
-    predictor = load_predictor(options.weights, options.workdir)
+    predictor = load_predictor(options.weights, options.workdir).with_smoothness(options.smoothness)
     pairs, ids = pairs_of(options.name, options.data, options.pairs)
     rows = []
     for number, pair in enumerate(pairs):
@@ -69,9 +72,11 @@ def main() -> None:
         before = overlap.dice(fixed_labels.array, moving_labels.array, ids)
         row = {"name": pair.name, "before": float(np.nanmean(before))}
         other = dataclasses.replace(moving, array=recoloured(moving.array, number))
-        for kind, image in (("t1", moving), ("other", other)):
+        kinds = (("t1", moving), ("other", other))[: 1 if options.refine else 2]
+        for kind, image in kinds:
             start = time.perf_counter()
-            found = register(fixed, image, predictor, fixed_labels, moving_labels, affine="none")
+            how = Refinement(options.refine) if options.refine else None
+            found = register(fixed, image, predictor, fixed_labels, moving_labels, how, affine="none")
             assert found.moved_labels is not None
             dice = overlap.dice(fixed_labels.array, found.moved_labels, ids, moving_labels.array)
             row |= {kind: float(np.nanmean(dice)), f"{kind}_folding_percent": found.metrics["folding_percent"]}

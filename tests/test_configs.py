@@ -35,6 +35,7 @@ SHAPES = {
     "ixi_2mm": (80, 96, 112),
     "lpba40": (160, 192, 160),
     "lpba40_cpu": (80, 96, 80),
+    "lpba40_diffeomorphic": (160, 192, 160),
     "lpba40_labels": (160, 192, 160),
     "synthseg": (160, 192, 160),
     "voxelmorph_lpba40_cpu": (80, 96, 80),
@@ -88,6 +89,7 @@ def test_tiny_differs_only_in_size(path: Path) -> None:
     changed = {key for key in whole if whole[key] != tiny[key]}
     assert changed <= {
         "total_steps", "log_every", "validate_every", "checkpoint_every", "validation_pairs", "optimiser.warmup_steps",
+        "start_from",
         "model.options.width", "model.options.levels", "model.options.down", "model.options.up", "model.options.final",
         "data.preprocessing.crop_to", "data.options.train", "data.options.validation", "data.options.shape",
         "loss.weights", "loss.windows",
