@@ -3,7 +3,7 @@
 What its heads give is taken for velocities, which are integrated: the same parameters, which a few hundred steps adapt.
 The labels of S11-S34 are in the loss; S35-S40 are validated on, S01-S10 stay untouched. Command:
 
-    python -m dilformer_jax.train --config configs/lpba40_diffeomorphic.py --workdir runs/diffeomorphic \\
+    python -m dilformer_jax.train --config configs/lpba40_diffeomorphic.py --workdir runs/diffeomorphic \
         --config.data.directory=DIR
 
 It begins with the parameters in runs/labels. Time: a minute on one H100, most of it compilation. Expected: Dice 0.760

@@ -5,8 +5,8 @@
 Each pair goes through `registration.pipeline.register` without an affine alignment, that is, by way of the grid that
 the weights were trained on, and is scored at the resolution of its labels. The other contrast is a random curve through
 the T1 intensities by which fluid, grey and white matter get levels that neither rise nor fall from one to the next; the
-seed is the pair's number. Ordered pairs, evenly spread over all that the folder's subjects make; of lpba40, those of
-the validation split.
+seed is the pair's number. Ordered pairs, drawn (by seed 0) from all that the folder's subjects make; of lpba40, from
+those of the validation split.
 """
 
 import argparse
@@ -46,7 +46,8 @@ def pairs_of(name: str, directory: Path, count: int) -> tuple[list[Pair], tuple[
     pairs = dataset.validation
     if name != "lpba40":
         pairs = ordered_pairs(subjects_of((*dataset.train, *dataset.validation)))
-    return [pairs[index * len(pairs) // count] for index in range(min(count, len(pairs)))], dataset.labels
+    chosen = np.random.default_rng(0).permutation(len(pairs))[:count]
+    return [pairs[index] for index in chosen], dataset.labels
 
 
 def main() -> None:
