@@ -67,8 +67,18 @@ def get_config(argument: str = "") -> ConfigDict:
                 "windows": (9, 7, 7, 5, 3),
                 "regulariser": "diffusion",
                 "regulariser_weight": 1.0,
+                "inverse_weight": 0.0,
+                "foreground": False,
+                "coarse_to_fine": 0.0,
             },
-            "optimiser": {"learning_rate": 1e-3, "warmup_steps": 50, "schedule": "cosine", "clip": 1.0},
+            "optimiser": {
+                "learning_rate": 1e-3,
+                "warmup_steps": 50,
+                "schedule": "cosine",
+                "clip": 1.0,
+                "kind": "adam",
+                "decay": 0.0,
+            },
         }
     )
     if argument == "tiny":

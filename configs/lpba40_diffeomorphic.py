@@ -70,10 +70,20 @@ def get_config(argument: str = "") -> ConfigDict:
                 "windows": (9, 7, 7, 5),
                 "regulariser": "diffusion",
                 "regulariser_weight": 1.5,
+                "inverse_weight": 0.0,
+                "foreground": False,
+                "coarse_to_fine": 0.0,
                 "label_count": 54,
                 "label_weight": 1.0,
             },
-            "optimiser": {"learning_rate": 3e-4, "warmup_steps": 20, "schedule": "cosine", "clip": 1.0},
+            "optimiser": {
+                "learning_rate": 3e-4,
+                "warmup_steps": 20,
+                "schedule": "cosine",
+                "clip": 1.0,
+                "kind": "adam",
+                "decay": 0.0,
+            },
         }
     )
     if argument == "tiny":

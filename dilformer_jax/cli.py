@@ -61,7 +61,8 @@ def add_smoothness(parser: argparse.ArgumentParser) -> None:
         "--smoothness",
         type=float,
         metavar="S",
-        help="of a network that was trained for several: its regulariser's weight, times the usual one (1)",
+        help="of a network that was trained for several: its regulariser's weight, times the usual one (1); --refine "
+        "has a weight of its own",
     )
 
 

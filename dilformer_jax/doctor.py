@@ -13,7 +13,7 @@ from typing import Any
 from dilformer_jax import cli
 from dilformer_jax.io import executables
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.reporting import packages, provenance
+from dilformer_jax.reporting import packages, provenance, run_record
 from dilformer_jax.reporting.packages import OK, PROBLEM, WARNING, Line, installed
 
 # JAX's settings that change what is computed, or how fast, and their values unless someone sets them.
@@ -34,6 +34,7 @@ def doctor(options: argparse.Namespace, overrides: Sequence[str], parser: cli.Ar
     config = None
     if options.config:
         config = cli.overridden(parser, cli.load_config(options.config), list(overrides), options.config)
+        run_record.complete(config)
     elif overrides:
         parser.error(f"unrecognized arguments: {overrides[0]}")
     found: list[Line] = []

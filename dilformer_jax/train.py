@@ -42,6 +42,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     first = jax.process_index() == 0
     mesh = parallel.mesh(config.space)
     replicated, (share, shares) = parallel.replicated(mesh), parallel.share(mesh)
+    run_record.complete(config)
     with config.unlocked():
         config.batch_size = batch_size = _batch_size(config, mesh.shape["data"], workdir)
     _check(config, batch_size, mesh.shape["data"])
@@ -106,7 +107,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     image = jax.ShapeDtypeStruct((batch_size, planes, *shape[1:], 1), jnp.float32, sharding=parallel.sharded(mesh))
     try:
         jax.eval_shape(step_once, now, feeding.shapes(image, made=made, labelled=labelled))
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"config.model or config.loss: {error}") from error
     predictor = Predictor(module, now.params, preprocessing, config.model.name, "")
     ids = dataset.labels if labelled and not made else ()
@@ -198,21 +199,24 @@ def train(config: ConfigDict, workdir: Path) -> None:
         figures.save(workdir / "figures" / "training.png", figures.training(logs.read(workdir / logs.METRICS)))
 
 
-def _start(path: str, workdir: Path) -> tuple[Any, dict[str, str]]:
+def _start(path: str, workdir: Path) -> tuple[Any, run_record.Teachers]:
     """The parameters that a new run begins with, of a bundle or of a run at its best checkpoint, None for fresh ones;
-    and the subjects, with their files, that have trained them, or this run where it goes on. Raises BadInput."""
+    and what they have seen, or this run has where it goes on. Raises BadInput."""
     from dilformer_jax.io import bundle
     from dilformer_jax.registration import selection
     from dilformer_jax.training import checkpoint
 
-    params, seen = None, None
     if checkpoint.begun(workdir):
-        seen = selection.of_run(workdir)
-    elif path and checkpoint.begun(path):
+        params, seen = None, selection.of_run(workdir)
+    elif not path:
+        return None, run_record.Teachers()
+    elif (Path(path) / checkpoint.FOLDER).is_dir():
         params, seen = checkpoint.restore_params(path)[0], selection.of_run(path)
-    elif path:
+    else:
         params, seen = bundle.load(path)[0], selection.of_bundle(path)
-    return params, {name: seen.files.get(name, "") for name in seen.trained or ()} if seen else {}
+    named = lambda names: None if names is None else {name: seen.files.get(name, "") for name in names}
+    datasets = seen.others | ({seen.dataset} if params is not None else frozenset())
+    return params, run_record.Teachers(named(seen.trained), named(seen.chosen), datasets)
 
 
 def _batch_size(config: ConfigDict, shares: int, workdir: Path) -> int:
@@ -240,6 +244,8 @@ def _check(config: ConfigDict, batch_size: int, shares: int) -> None:
             f"batch_size {batch_size} on {shares} {owners if shares > 1 else 'device'} does not divide into accumulate="
             f"{config.accumulate} parts; make it a multiple of {shares * config.accumulate}, or 0 in a new run."
         )
+    if config.loss.inverse_weight and not config.bidirectional:
+        raise BadInput("loss.inverse_weight compares both directions of a pair; set bidirectional, or make it 0.")
     if config.data.name not in DATASETS:
         raise BadInput(f"config.data.name is {config.data.name!r}; give one of {', '.join(DATASETS)}.")
     for name in ("total_steps", "log_every", "validate_every", "checkpoint_every"):

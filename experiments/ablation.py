@@ -207,7 +207,7 @@ def table(output: Path, study: str, scale: str, steps: int) -> str:
     apart = {
         name: np.array([of[seed] - dice[BASE][seed] for seed in sorted(of.keys() & dice[BASE].keys())])
         for name, of in dice.items()
-        if name != BASE
+        if name != BASE and of.keys() & dice[BASE].keys()
     }
     error = spread(list(apart.values()))
     first = next(iter(runs[BASE].values()))
@@ -221,11 +221,12 @@ def table(output: Path, study: str, scale: str, steps: int) -> str:
         some = next(iter(runs[name].values()))
         start = f"| {name} | {len(of)} | {np.mean(list(of.values())):.4f}"
         end = f"{np.mean([mean(run, 'folding') for run in runs[name].values()]):.4f} | {some['parameters']:,} |"
-        if name == BASE:
+        if name not in apart:
             lines.append(f"{start} | | | | {end}")
             continue
         effect, its_error = apart[name].mean(), error / np.sqrt(apart[name].size)
-        shown = "none shown" if abs(effect) < 2 * its_error else "better" if effect > 0 else "worse"
+        # Of a single seed the error is no number, and nothing is shown.
+        shown = ("better" if effect > 0 else "worse") if abs(effect) >= 2 * its_error else "none shown"
         lines.append(f"{start} | {effect:+.4f} | {its_error:.4f} | {shown} | {end}")
     return "\n".join(lines)
 
@@ -271,7 +272,7 @@ def main() -> None:
     folder = options.output / f"{options.scale}-{options.steps}"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def start(name: str) -> None:
+    def start(name: str) -> bool:
         # A process each: a program that has been compiled stays in a process's memory.
         log = folder / f"{filed(name)}.log"
         with log.open("a") as file:
@@ -280,10 +281,12 @@ def main() -> None:
                 env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
             ).returncode  # fmt: skip
         print(f"{time.strftime('%H:%M:%S')} {name}: {'done' if code == 0 else f'failed, see {log}'}", flush=True)
+        return code == 0
 
     with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(start, names))
+        done = list(pool.map(start, names))
     print(table(options.output, options.study, options.scale, options.steps))
+    sys.exit(not all(done))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,20 @@ def test_a_table_says_what_is_shown_and_what_is_not(tmp_path: Path) -> None:
         f"| no MSR | 3 | 0.6300 | -0.0200 | {error:.4f} | worse | 0.0050 | 1,234 |",
         f"| no SRF | 3 | 0.6505 | +0.0005 | {error:.4f} | none shown | 0.0050 | 1,234 |",
     ]
+    # A seed that the base has not, and a single one: no difference, no error, nothing shown.
+    for name, seed in (("no SRF", 7), ("no MSR", 1)):
+        kept = folder / f"{ablation.filed(name)}-{seed}.json"
+        if not kept.exists():
+            source = json.loads((folder / f"{ablation.filed(name)}-0.json").read_text())
+            kept.write_text(json.dumps(source | {"seed": seed}))
+        for path in folder.glob(f"{ablation.filed(name)}-*.json"):
+            if path != kept:
+                path.unlink()
+    lines = ablation.table(tmp_path, "parts", "half", 600).splitlines()
+    assert lines[5:] == [
+        "| no MSR | 1 | 0.6290 | -0.0210 | nan | none shown | 0.0050 | 1,234 |",
+        "| no SRF | 1 | 0.6495 | | | | 0.0050 | 1,234 |",
+    ]
     assert "No run of the base" in ablation.table(tmp_path, "parts", "quarter", 600)
 
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.training import parallel
+from dilformer_jax.training import checkpoint, parallel
 from dilformer_jax.training.checkpoint import Checkpoints, restore_params
 
 
@@ -68,6 +68,40 @@ def test_state_returns_bit_for_bit(tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert raw(restored) == raw(state)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
+
+
+def test_a_checkpoint_of_before_a_field_existed_is_restored_without_it(tmp_path):
+    """As those that were written when a state had no running mean."""
+
+    @flax.struct.dataclass
+    class Longer:
+        step: Any
+        params: Any
+        opt_state: Any
+        average: Any = None
+
+    old = advanced(fresh())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, old)
+    wanted = abstract()
+    with Checkpoints(tmp_path) as checkpoints:
+        found = checkpoints.restore(Longer(wanted.step, wanted.params, wanted.opt_state))
+        assert found.average is None and raw((found.step, found.params, found.opt_state)) == raw(
+            (old.step, old.params, old.opt_state)
+        )
+        # One that is written now knows of the field; one that wants it filled is refused.
+        checkpoints.save(2, found)
+        assert raw(checkpoints.restore(Longer(wanted.step, wanted.params, wanted.opt_state)).params) == raw(old.params)
+        with pytest.raises(BadInput, match="does not fit this configuration"):
+            checkpoints.restore(Longer(wanted.step, wanted.params, wanted.opt_state, wanted.params))
+
+
+def test_only_a_whole_checkpoint_has_begun_a_run(tmp_path):
+    assert not checkpoint.begun(tmp_path)
+    (tmp_path / "checkpoints" / "250.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not checkpoint.begun(tmp_path)
+    (tmp_path / "checkpoints" / "250").mkdir()
+    assert checkpoint.begun(tmp_path)
 
 
 def test_relative_folder(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ PAIRS = (
         (["--workdir", "run", "--protocol", "ixi", "--split", "test", "--data", "d"], "evaluation-ixi-test"),
         (["--method", "identity", "--pairs", "data/mine.csv"], "evaluation-identity-mine"),
         (["--workdir", "run", "--refine", "50"], "evaluation-refine50"),
+        (["--workdir", "run", "--smoothness", "2", "--refine", "9"], "evaluation-smoothness2-refine9"),
         (["--method", "identity", "--refine", "9", "--diffeomorphic"], "evaluation-identity-refine9-diffeomorphic"),
     ],
 )
@@ -210,6 +211,10 @@ def test_exchanged_images_and_tolerance(inputs: Path, tmp_path: Path):
         (("--method", "identity", "--pairs", "good.csv", "--shard", "2/2"), "--shard 2/2 has none of the 1 pairs"),
         (("--method", "identity", "--pairs", "nan.csv"), "nan.nii.gz has"),
         (("--workdir", "nowhere"), "config.json cannot be read"),
+        (
+            ("--weights", "weights", "--pairs", "good.csv", "--smoothness", "2"),
+            "trained for no smoothness but its own, 1",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated(inputs: Path, tmp_path: Path, capsys, monkeypatch, arguments, sentence):

@@ -117,7 +117,7 @@ def test_a_network_is_asked_for_a_smoothness():
     np.testing.assert_allclose(smoother.displacement(*pair), 1.5 * usual, rtol=1e-6)
     assert len(network.module.traced) == 1, "compiled anew for a number"
     assert smoother.asked == {"smoothness": 1.5} and network.with_smoothness(None) is network
-    with pytest.raises(BadInput, match="--smoothness is 3 and toy was trained for from 0.5 to 2; give such a one"):
+    with pytest.raises(BadInput, match="smoothness is 3 and toy was trained for from 0.5 to 2; give such a one"):
         network.with_smoothness(3.0)
     with pytest.raises(BadInput, match="toy was trained for no smoothness but its own, 1"):
         predictor(Constant()).with_smoothness(2.0)

@@ -114,6 +114,11 @@ def test_scores_say_who_trained_and_who_chose(lpba40, tmp_path):
     assert "not recorded" in say(known(frozenset({"S11"}), None))
     assert "on other subjects, of synthseg" in say(known(frozenset({"S35"}), None, "synthseg"))
     assert "nothing was trained" in say(None)
+    # Of another data set, but its training began with parameters that knew this one.
+    pupil = selection.Selection(
+        "ixi", {}, frozenset({"IXI1", "S36"}), frozenset({"IXI2"}), others=frozenset({"lpba40"})
+    )
+    assert say(pupil).startswith("TRAINED on 1 of the 3")
 
 
 def test_clean_refuses_a_network_that_knows_the_test_split(lpba40):
@@ -152,3 +157,9 @@ def test_bundles_and_runs_know_their_subjects(tmp_path, lpba40):
     (run / "run.json").write_text(json.dumps({"subjects": subjects}))
     found = selection.of_run(run)
     assert (found.trained, found.chosen, found.files["S12"]) == ({"S11", "S12"}, {"S35"}, "/S12.nii")
+    # What it began with did not say who had trained it: nor does the run.
+    subjects = {"trained": None, "chosen_by": {"S35": "", "S36": "/S36.nii"}, "others": ["lpba40", "oasis"]}
+    (run / "run.json").write_text(json.dumps({"subjects": subjects}))
+    found = selection.of_run(run)
+    assert (found.trained, found.chosen, found.files) == (None, {"S35", "S36"}, {"S36": "/S36.nii"})
+    assert found.others == {"lpba40", "oasis"}

@@ -134,6 +134,7 @@ def broken(tmp_path_factory, inputs: Path) -> Path:
         ({"moving": "giant"}, (), "giant.nii.gz shows something"),
         ({"fixed": "small", "moving": "small"}, (), r"small.nii.gz .*axis 3 has 2 slices"),
         ({"weights": "nothing"}, (), "nothing does not exist"),
+        ({}, ("--smoothness", "2"), "weights was trained for no smoothness but its own, 1"),
         ({}, ("--moving-labels", "fractions.nii.gz"), "fractions.nii.gz .*no label map"),
         ({}, ("--moving-labels", "many.nii.gz"), "many.nii.gz .*no label map"),
         ({}, ("--fixed-labels", "labels_elsewhere.nii.gz"), "lie on different grids.*3 mm.*--assume-same-grid"),

@@ -210,21 +210,38 @@ def test_a_run_starts_from_the_running_mean_of_another(
     mean, step = checkpoint.restore_params(first)
     last = logs.read(first / "metrics.jsonl")[-1]
     assert last["step"] == step and last["dice"] != last["dice_identity"]
-    started = (*settings, f"--config.start_from={first}")
+    # Of one checkpoint, the mean is not the parameters themselves.
+    with checkpoint.Checkpoints(first / checkpoint.FOLDER) as checkpoints:
+        saved = checkpoints._manager.restore(step)
+    assert not np.array_equal(saved["params"]["head"]["Conv_0"]["bias"], mean["head"]["Conv_0"]["bias"])
+    np.testing.assert_array_equal(saved["average"]["head"]["Conv_0"]["bias"], mean["head"]["Conv_0"]["bias"])
+    # The same pair under other names.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    rows = table.read_text().splitlines()[:3]
+    for path in {part for row in rows[1:] for part in row.split(",")[:4]}:
+        shutil.copy(path, elsewhere / f"other_{Path(path).name}")
+        rows = [row.replace(path, f"other_{Path(path).name}") for row in rows]
+    (elsewhere / "pairs.csv").write_text("\n".join(rows))
+    started = (*settings, f"--config.data.directory={elsewhere / 'pairs.csv'}", f"--config.start_from={first}")
     trained(monkeypatch, second, *started)
     begun = logs.read(second / "metrics.jsonl")[0]
     assert (begun["step"], begun["dice"]) == (0, last["dice"])
-    # Its mean is not the parameters themselves, of which it knows the last four.
-    latest, _ = checkpoint.restore_params(second)
-    assert not np.array_equal(bundle.flatten(latest)["head/Conv_0/bias"], bundle.flatten(mean)["head/Conv_0/bias"])
-    # What the first has seen the second knows, here by files under names that the tables give.
-    runs_of = [json.loads((path / "run.json").read_text())["subjects"]["trained"] for path in (first, second)]
-    assert runs_of[0] and runs_of[0].items() <= runs_of[1].items()
+    # What the first has seen the second has, which is trained on another pair; so has one that goes on.
+    subjects = lambda path: json.loads((path / "run.json").read_text())["subjects"]
+    assert {*subjects(second)["trained"]} > {*subjects(first)["trained"]} and len(subjects(first)["trained"]) == 2
+    assert {*subjects(second)["chosen_by"]} > {*subjects(first)["chosen_by"]}
+    assert (subjects(first)["others"], subjects(second)["others"]) == ([], ["pairs_csv"])
+    before = subjects(second)
     shutil.rmtree(first)
     trained(monkeypatch, second, *started)  # finished: what it began with may be gone
-    assert json.loads((second / "run.json").read_text())["subjects"]["trained"] == runs_of[1]
+    trained(monkeypatch, second, *started, "--config.start_from=")
+    assert subjects(second) == before
+    assert json.loads((second / "config.json").read_text())["start_from"] == str(first)
     told = refusal(monkeypatch, capsys, tmp_path / "third", *started)
     assert str(first) in told and "does not exist" in told
+    one_way = ("--config.loss.inverse_weight=0.1", "--config.bidirectional=False")
+    assert "compares both directions" in refusal(monkeypatch, capsys, tmp_path / "third", *settings, *one_way)
     wider = "--config.model.options.final=(3,)"
     told = refusal(monkeypatch, capsys, tmp_path / "third", *settings, f"--config.start_from={second}", wider)
     assert f"config.start_from {second}: the parameters to start from have Conv_4/bias of 4 where" in told
@@ -256,6 +273,12 @@ def test_a_run_of_before_an_option_existed_goes_on_at_its_default(tmp_path: Path
     del old["model"]["options"]["dtype"], old["average"], old["start_from"], old["data"]["gamma"]
     path.write_text(json.dumps(old))
     run_record.write_config(config, tmp_path, resuming=True, writing=False)
+    assert config.start_from == "" and config.optimiser.kind == "adam"
+    with config.unlocked():
+        del config.start_from, config.data.gamma, config.optimiser.kind, config.loss.foreground
+    run_record.complete(config)
+    assert (config.start_from, config.data.gamma, config.optimiser.kind) == ("", 0.0, "adam")
+    assert config.loss.foreground is False
     with config.unlocked():  # nor need it be given
         del config.model.options.dtype
     run_record.write_config(config, tmp_path, resuming=True, writing=False)

@@ -136,7 +136,7 @@ class DilformerNet(nn.Module):
                 raise ValueError(f"DilformerNet's {name} is one of {choices}, got {getattr(self, name)!r}.")
         if self.smoothness and not (len(self.smoothness) == 2 and 0 < self.smoothness[0] <= 1 <= self.smoothness[1]):
             raise ValueError(f"DilformerNet's smoothness is () or two factors around 1, got {self.smoothness}.")
-        if len(self.dilations) != 3 or min(self.dilations) < 1:
+        if len(self.dilations) != 3 or not all(isinstance(d, int) and d > 0 for d in self.dilations):
             raise ValueError(f"DilformerNet's dilations are three of 1 or more, got {self.dilations}.")
         super().__post_init__()
 

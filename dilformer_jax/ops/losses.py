@@ -37,7 +37,8 @@ def lncc(
     cross and the variances are sums over the window³ around each voxel, after Avants et al. (Med. Image Anal. 2008).
     With border 'cut' the window is cut at the faces and holds fewer voxels there; with 'zeros' the volume is padded
     with zeros, which count as voxels, as in VoxelMorph (Balakrishnan et al., TMI 2019). A voxel whose window is
-    constant counts 0. Given `where`, the mean is over the voxels that it names; their windows reach beyond them.
+    constant counts 0. Given `where`, the mean of each volume is over the voxels that it names; their windows reach
+    beyond them.
 
     Raises:
       ValueError: a window that is no odd number, or an unknown border.
@@ -71,7 +72,9 @@ def lncc(
     squares = jnp.where(constant, 0.0, cross * cross / (variances + epsilon))
     if where is None:
         return slabs.mean(squares)
-    return slabs.mean(jnp.where(where, squares, 0.0)) / jnp.maximum(slabs.mean(where.astype(jnp.float32)), 1e-6)
+    # Of each volume by itself, so that a batch may be computed in parts.
+    of_each = lambda x: slabs.mean(x, (-4, -3, -2))
+    return (of_each(jnp.where(where, squares, 0.0)) / jnp.maximum(of_each(where.astype(jnp.float32)), 1e-6)).mean()
 
 
 def _window_sum(x: Array, window: int) -> Array:
@@ -306,7 +309,7 @@ def multi_resolution(
     Level l is `finest` + its place in `weights`: the images averaged l times, and the displacement of that level, in
     its own voxels. Where a network ends at a coarser level than `finest`, its finest displacement is enlarged to it. A
     single weight is the plain loss, at one level. The windows are those of LNCC, a level each; with `foreground` its
-    mean is over the voxels where the fixed image is not 0. An `inverse_weight` weighs the `inverse_inconsistency` of
+    mean is over the voxels where the fixed image is above 0. An `inverse_weight` weighs the `inverse_inconsistency` of
     the finest level, for a batch of both directions. The levels join one after the other, from coarse to fine, in the
     part `coarse_to_fine` of the run, of which `progress` is how much is done (0 to 1).
 
@@ -316,13 +319,15 @@ def multi_resolution(
       weighted).
 
     Raises:
-      ValueError: an unknown similarity or regulariser, weights and windows of different lengths, a level above 0, or
-        a share of the run that is none.
+      ValueError: an unknown similarity or regulariser, a foreground of another similarity than LNCC, weights and
+        windows of different lengths, a level above 0, or a share of the run that is none.
     """
     if not 0 <= coarse_to_fine <= 1:
         raise ValueError(f"Levels join in a part of the run, 0 to 1, got {coarse_to_fine}.")
     if finest < 0:
         raise ValueError(f"The finest level of a loss is 0, the input's, or coarser, got {finest}.")
+    if foreground and similarity != "lncc":
+        raise ValueError(f"foreground is of the similarity 'lncc', not of {similarity!r}.")
     if similarity not in SIMILARITIES:
         raise ValueError(f"A similarity is one of {SIMILARITIES}, got {similarity!r}.")
     if regulariser not in REGULARISERS:

@@ -116,7 +116,7 @@ class Predictor:
         low, high = getattr(self.module, "smoothness", ()) or (1.0, 1.0)
         if not low <= smoothness <= high:
             known = f"from {low:g} to {high:g}" if low < high else "no smoothness but its own, 1"
-            raise BadInput(f"--smoothness is {smoothness:g} and {self.name} was trained for {known}; give such a one.")
+            raise BadInput(f"smoothness is {smoothness:g} and {self.name} was trained for {known}; give such a one.")
         return dataclasses.replace(self, smoothness=float(smoothness))
 
     @property

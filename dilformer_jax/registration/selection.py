@@ -17,7 +17,8 @@ RECORD = "run.json"  # that `train` writes
 @dataclass(frozen=True)
 class Selection:
     """The data set's kind and options, and the names of the subjects that trained the network and by which its
-    checkpoint was chosen, None where that is not recorded; `files` has their images' paths, as far as those are known.
+    checkpoint was chosen, None where that is not recorded; `files` has their images' paths, as far as those are known,
+    and `others` are the data sets of what its training began with.
     """
 
     dataset: str
@@ -25,13 +26,17 @@ class Selection:
     trained: frozenset[str] | None
     chosen: frozenset[str] | None
     files: Mapping[str, str] = field(default_factory=dict)
+    others: frozenset[str] = frozenset()
 
 
 def of_bundle(weights: Path | str) -> Selection:
     """As the bundle says. Raises BadInput where it is none."""
     training = bundle.describe(weights)["training"]
-    known = lambda key: frozenset(training[key]) if key in training else None
-    return Selection(training["dataset"], keywords(training["options"]), known("subjects"), known("chosen_by"))
+    known = lambda key: None if training.get(key) is None else frozenset(training[key])
+    others = frozenset(training.get("others", ()))
+    return Selection(
+        training["dataset"], keywords(training["options"]), known("subjects"), known("chosen_by"), others=others
+    )
 
 
 def of_run(workdir: Path | str) -> Selection:
@@ -40,10 +45,13 @@ def of_run(workdir: Path | str) -> Selection:
     data = read_config(workdir)["data"]
     try:
         record = json.loads((Path(workdir) / RECORD).read_text(encoding="utf-8"))["subjects"]
-        trained, chosen = dict(record["trained"]), dict(record["chosen_by"])
+        trained, chosen = (None if record[key] is None else dict(record[key]) for key in ("trained", "chosen_by"))
+        others = frozenset(record.get("others", ()))
     except (OSError, ValueError, KeyError, TypeError):
         return Selection(data["name"], data["options"], None, None)
-    return Selection(data["name"], data["options"], frozenset(trained), frozenset(chosen), trained | chosen)
+    files = {name: path for name, path in ((trained or {}) | (chosen or {})).items() if path}
+    names = lambda found: None if found is None else frozenset(found)
+    return Selection(data["name"], data["options"], names(trained), names(chosen), files, others)
 
 
 def sentence(task: Task, selection: Selection | None) -> str:
@@ -58,7 +66,7 @@ def sentence(task: Task, selection: Selection | None) -> str:
         for subject in (pair.fixed, pair.moving)
         if subject.name not in everywhere
     }
-    same, clean = selection.dataset == task.dataset, task.name == "clean"
+    same, clean = task.dataset in {selection.dataset, *selection.others}, task.name == "clean"
     known = {path: name for name, path in selection.files.items()}
 
     def seen(names: frozenset[str] | None) -> list[str]:

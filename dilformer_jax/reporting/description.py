@@ -36,6 +36,7 @@ def of_run(workdir: Path, which: str = "best", dataset: Dataset | None = None) -
         "steps": step,
         "seed": config["seed"],
         "start_from": config.get("start_from", ""),
+        "others": sorted(known.others),
     }
     if dataset is None:
         record = _record(workdir)

@@ -103,8 +103,9 @@ def method(settings: Mapping[str, Any]) -> str:
     steps = "" if refinement is None else f"{refinement['steps']} steps of refinement"
     if settings["network"] is None:
         return f"No network: {steps}."
+    smooth = f", asked for smoothness {settings['smoothness']:g}" if settings.get("smoothness", 1) != 1 else ""
     refined = f", then {steps}" if steps else ""
-    return f"Network: {settings['network']} (SHA-256 {settings['parameters_sha256']}){refined}."
+    return f"Network: {settings['network']} (SHA-256 {settings['parameters_sha256']}){smooth}{refined}."
 
 
 def write_index(output: Path, pairs: Sequence[Pair]) -> None:

@@ -4,6 +4,7 @@ ran. A run goes on only as it began."""
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,37 @@ RECORD = "run.json"
 # What may change between two starts of one run: where the data lie, how they are read, in how much memory and on which
 # devices, not what is computed.
 CHANGEABLE = ("data.directory", "data.cache", "data.workers", "space", "accumulate", "remat", "start_from")
-# What a run was that began before configurations had these keys.
-BEFORE = {"average": 0.0, "data.gamma": 0.0}
+# What a configuration means that was written before there were these keys.
+BEFORE: dict[str, Any] = {
+    "start_from": "",
+    "average": 0.0,
+    "data.gamma": 0.0,
+    "loss.inverse_weight": 0.0,
+    "loss.foreground": False,
+    "loss.coarse_to_fine": 0.0,
+    "optimiser.kind": "adam",
+    "optimiser.decay": 0.0,
+}
+
+
+def complete(config: ConfigDict) -> None:
+    """Gives the configuration the keys that it lacks, being older than they are."""
+    with config.unlocked():
+        for key, value in BEFORE.items():
+            *sections, name = key.split(".")
+            section = config[sections[0]] if sections else config
+            if name not in section:
+                section[name] = value
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The subjects, with their files where these are known, that trained the parameters with which a run begins and
+    chose them, None where that is not recorded; and the data sets in which they have their names."""
+
+    trained: dict[str, str] | None = field(default_factory=dict)
+    chosen: dict[str, str] | None = field(default_factory=dict)
+    datasets: frozenset[str] = frozenset()
 
 
 def write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing: bool) -> None:
@@ -34,7 +64,10 @@ def write_config(config: ConfigDict, workdir: Path, *, resuming: bool, writing: 
             options = models.defaults(model["name"]) | model["options"]
             return BEFORE | _flat(settings | {"model": model | {"options": options}})
 
-        old, now = whole(json.loads(path.read_text())), whole(new)
+        before = json.loads(path.read_text())
+        # By what it began it is explained, whatever it is given now.
+        new["start_from"] = before.get("start_from", "")
+        old, now = whole(before), whole(new)
         keys = [key for key in (now | old) if not key.startswith(CHANGEABLE)]
         changed = [key for key in keys if old.get(key) != now.get(key)]
         if changed:
@@ -55,11 +88,12 @@ def record(
     held_out: Sequence[Pair],
     grid: dict[str, Any],
     devices: str,
-    known: dict[str, str],
+    teachers: Teachers,
 ) -> dict[str, Any]:
     """By which program the run was last started, on which pairs, which subjects train and choose, by which `evaluate`
-    says what its scores are worth, their grid, which `register` compares, and for `info` labels and licence. `known`
-    are the subjects, with their files, that the parameters knew with which it began."""
+    says what its scores are worth, their grid, which `register` compares, and for `info` labels and licence. The
+    `teachers` are those of the parameters with which it began: what they knew it knows, and what they do not say it
+    does not say either."""
     names = "\n".join(pair.name for pair in pairs)
     files = lambda pairs: {other.name: str(other.image.absolute()) for other in subjects_of(pairs)}
     return {
@@ -67,7 +101,11 @@ def record(
         "versions": provenance.versions(),
         "devices": devices,
         "pairs": {"number": len(pairs), "sha256": hashlib.sha256(names.encode()).hexdigest()},
-        "subjects": {"trained": known | files(pairs), "chosen_by": files(held_out)},
+        "subjects": {
+            "trained": None if teachers.trained is None else teachers.trained | files(pairs),
+            "chosen_by": None if teachers.chosen is None else teachers.chosen | files(held_out),
+            "others": sorted(teachers.datasets),
+        },
         "grid": grid,
         "labels": list(dataset.labels),
         "licence": dataset.licence,

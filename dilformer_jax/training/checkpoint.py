@@ -73,7 +73,7 @@ class Checkpoints:
         if step is None:
             raise BadInput(f"{self.directory} holds no checkpoint; train first.")
         try:
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(_wanted, abstract)))
+            state = self._restored(step, jax.tree.map(_wanted, abstract))
             differing = [
                 jax.tree_util.keystr(path)
                 for (path, wanted), found in zip(
@@ -87,10 +87,22 @@ class Checkpoints:
             raise BadInput(_unfit(self.directory, step, f"{differing[0]} differs"))
         return state
 
+    def _restored(self, step: int, wanted: Any) -> Any:
+        # Of the fields that are None orbax keeps the names, and wants to find them: a checkpoint that was written
+        # before a field existed is restored without it.
+        restore = lambda item: self._manager.restore(step, args=ocp.args.StandardRestore(item))
+        filled = {name: value for name, value in getattr(wanted, "__dict__", {}).items() if value is not None}
+        try:
+            return restore(wanted)
+        except DAMAGE:
+            if len(filled) == len(getattr(wanted, "__dict__", {})):
+                raise
+            return wanted.replace(**restore(filled))
+
 
 def begun(workdir: Path | str) -> bool:
-    """Whether a run has a checkpoint to go on from."""
-    return any((Path(workdir) / FOLDER).glob("[0-9]*"))
+    """Whether a run has a checkpoint to go on from: a whole one, for of one cut short only a longer name is left."""
+    return any(path.name.isdigit() for path in (Path(workdir) / FOLDER).glob("[0-9]*"))
 
 
 def restore_params(workdir: Path | str, which: str = "best") -> tuple[dict[str, Any], int]:

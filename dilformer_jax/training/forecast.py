@@ -90,13 +90,14 @@ def need(config: ConfigDict, shape: Shape, count: int = 0) -> Need:
             split=split,
             remat=config.remat,
             accumulate=config.accumulate,
+            average=config.average,
         )
-        now = jax.eval_shape(lambda: state.initial(module, transformation, config.seed))
+        now = jax.eval_shape(lambda: state.initial(module, transformation, config.seed, average=config.average))
         planes = split.count * split.planes if split else shape[0]
         image = jax.ShapeDtypeStruct((pairs, planes, *shape[1:], 1), jnp.float32, sharding=parallel.sharded(mesh))
         batch = feeding.shapes(image, made=config.data.name == "label_maps", labelled="label_weight" in config.loss)
         lowered = step.lower(now, batch)
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"no step can be made of this config ({error}); mend it.") from error
