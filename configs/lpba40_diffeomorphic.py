@@ -7,8 +7,8 @@ The labels of S11-S34 are in the loss; S35-S40 are validated on, S01-S10 stay un
         --config.data.directory=DIR
 
 It begins with the parameters in runs/labels. Time: a minute on one H100, most of it compilation. Expected: Dice 0.760
-over the 30 pairs, 0.522 before, no voxel folded (experiments/results/lpba40.md; those weights: experiments/lpba40).
-`:tiny` is a test of the plumbing.
+over the 30 pairs, 0.522 before, no voxel folded, where runs/labels are those 9,000 steps and 4,000 more
+(experiments/results/lpba40.md has the commands; those weights: experiments/lpba40). `:tiny` is a test of the plumbing.
 """
 
 from ml_collections import ConfigDict, config_dict  # type: ignore[import-untyped]
