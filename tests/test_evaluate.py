@@ -279,6 +279,7 @@ def test_export_describes_the_run(tmp_path: Path, capsys, monkeypatch):
     assert description["training"] == {
         "dataset": "folder", "options": {"validation": 0.3}, "licence": f"that of the files in {data}",
         "subjects": ["a", "b", "c", "d"], "chosen_by": ["e", "f"], "pairs": 12, "steps": 10, "seed": 5,
+        "start_from": "", "others": [],
     }  # fmt: skip
     assert "model.safetensors" in told and "dice 0.6" in told and "step 10 (best)" in told
     export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "last"), "--checkpoint", "latest"])
