@@ -94,6 +94,8 @@ def lines(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     figures = {name: value for name, value in description["validation"].items() if not isinstance(value, dict | list)}
     yield "validation", ", ".join(f"{name} {text(value)}" for name, value in figures.items()) or "none"
     yield "versions", ", ".join(f"{name} {version}" for name, version in description["versions"].items()) or "none"
+    if "smoothness" in description:
+        yield "smoothness", f"{text(float(description['smoothness']))} unless another is asked for"
     yield "SHA-256", description["sha256"]
 
 

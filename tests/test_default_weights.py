@@ -75,6 +75,9 @@ def test_they_are_free_whole_and_of_no_one() -> None:
     }
     params, description = bundle.load("default")
     assert description == bundle.describe(SHIPPED) and len(bundle.flatten(params)) > 10
+    # Asked for what their description says, which is no 1, unless another is asked for.
+    known = predictor.load_predictor("default")
+    assert known.smoothness == description["smoothness"] != 1 and known.with_smoothness(1.0).smoothness == 1
     training = description["training"]
     assert training["licence"].startswith("Apache-2.0") and training["dataset"] == "label_maps"
     assert training["subjects"] and training["chosen_by"] and not {*training["subjects"]} & {*training["chosen_by"]}
@@ -95,6 +98,7 @@ def test_the_command_registers_by_them_unless_told_otherwise(registered: Path) -
     found = record(registered)
     assert found["settings"]["network"] == "default"
     assert found["settings"]["parameters_sha256"] == bundle.describe("default")["sha256"]
+    assert found["settings"]["smoothness"] == bundle.describe("default")["smoothness"]
     assert found["grid"]["shape"] == GRID["shape"] and "weights" not in found["command"]
     assert found["metrics"]["dice"] > found["metrics"]["dice_before"] + 0.03
     assert found["metrics"]["displacement_mean_mm"] > 0.3  # not the identity

@@ -138,14 +138,17 @@ class Predictor:
 def load_predictor(weights: Path | str | None = None, workdir: Path | str | None = None) -> Predictor:
     """The network of a bundle ('default': of the one that ships), or of a training run at its best checkpoint.
 
+    A bundle may say for which smoothness its network is asked unless another is given.
+
     Raises BadInput where there is none, or one that this version does not know; ValueError unless just one is given.
     """
+    usual = None
     if (weights is None) == (workdir is None):
         raise ValueError("load_predictor takes either weights or a workdir")
     if weights is not None:
         params, description = bundle.load(weights)
         network, preprocessing, name = description["network"], description["preprocessing"], str(weights)
-        sha256, grid = description["sha256"], description["grid"]
+        sha256, grid, usual = description["sha256"], description["grid"], description.get("smoothness")
     else:
         assert workdir is not None
         config = read_config(workdir)
@@ -161,7 +164,7 @@ def load_predictor(weights: Path | str | None = None, workdir: Path | str | None
             f"{name} has a network {network} with preprocessing {preprocessing} that this version cannot make "
             f"({fault}); update it, or export the network again."
         ) from fault
-    return Predictor(module, jax.device_put(params), preprocessing, name, sha256, grid)
+    return Predictor(module, jax.device_put(params), preprocessing, name, sha256, grid).with_smoothness(usual)
 
 
 def read_config(workdir: Path | str) -> dict[str, Any]:
