@@ -3,8 +3,8 @@
 `model.safetensors` and `model.npz` hold the same arrays under flat names such as `encoder/enter/Conv_0/kernel`.
 `model.json` says what they are: network and its options, preprocessing, grid, labels, training data and its licence,
 validation figures, versions, the SHA-256 of `model.safetensors` and, where somebody has written it there, which
-`smoothness` a network that can be told one is asked for unless another is given (1). One such folder is part of the package, `SHIPPED`:
-wherever a path is asked for here, the text 'default' names it.
+`smoothness` a network that can be told one is asked for unless another is given (1). One such folder is part of the
+package, `SHIPPED`: wherever a path is asked for here, the text 'default' names it.
 """
 
 import hashlib
