@@ -204,12 +204,14 @@ def _start(path: str, workdir: Path) -> tuple[Any, run_record.Teachers]:
     and what they have seen, or this run has where it goes on. Raises BadInput."""
     from dilformer_jax.io import bundle
     from dilformer_jax.registration import selection
+    from dilformer_jax.registration.predictor import read_config
     from dilformer_jax.training import checkpoint
 
-    if checkpoint.begun(workdir):
-        params, seen = None, selection.of_run(workdir)
-    elif not path:
+    going_on = checkpoint.begun(workdir)
+    if not (read_config(workdir).get("start_from") if going_on else path):
         return None, run_record.Teachers()
+    if going_on:
+        params, seen = None, selection.of_run(workdir)
     elif (Path(path) / checkpoint.FOLDER).is_dir():
         params, seen = checkpoint.restore_params(path)[0], selection.of_run(path)
     else:
