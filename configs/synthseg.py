@@ -9,7 +9,7 @@ at 1/2 to 1/16 of the resolution. Command:
 
 Cost: 8,000 steps of one pair a device, in both directions; 13 minutes of an H100 that other trainings shared. Expected:
 Dice 0.772 of the validation maps' images, 0.277 before; on brains, none of which it has seen, 0.706 of LPBA40's
-validation pairs, 0.522 before, and 0.617 of 12 pairs of IXI, 0.463 before (experiments/results/synthseg.md). These
+validation pairs, 0.522 before, and 0.614 of 12 pairs of IXI, 0.463 before (experiments/results/synthseg.md). These
 weights ship with the package. `:tiny` is a test of the plumbing.
 """
 
