@@ -143,7 +143,7 @@ def run(study: str, name: str, scale: str, steps: int, seed: int, directory: Pat
     record = json.loads((workdir / "run.json").read_text())
     found |= {
         "name": name, "scale": scale, "steps": steps, "seed": seed,
-        "edits": {key: value for key, value in edits.items()},
+        "edits": dict(edits),
         "loss": [line["loss"] for line in log if "loss" in line],
         "versions": record["versions"], "devices": record["devices"],
         "seconds": {"training": trained - begin, "scoring": time.monotonic() - trained},

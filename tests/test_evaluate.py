@@ -10,7 +10,7 @@ from toys import affine, image, pairs_file, write
 from dilformer_jax import cli, evaluate, export
 from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import read_image, read_labels
-from dilformer_jax.registration import evaluation, pipeline
+from dilformer_jax.registration import evaluation, pipeline, selection
 from dilformer_jax.registration.predictor import load_predictor
 from dilformer_jax.training import checkpoint
 
@@ -291,6 +291,12 @@ def test_export_describes_the_run(tmp_path: Path, capsys, monkeypatch):
     export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "recorded")])
     training = bundle.describe(tmp_path / "recorded")["training"]
     assert (training["subjects"], training["chosen_by"]) == (["a", "f"], ["b"])
+    # What it began with did not say who had trained it: the folder is not to answer for that.
+    (workdir / "run.json").write_text(json.dumps({"subjects": {"trained": None, "chosen_by": {"b": ""}}}))
+    export.main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "unknown")])
+    training = bundle.describe(tmp_path / "unknown")["training"]
+    assert (training["subjects"], training["chosen_by"]) == (None, ["b"])
+    assert selection.of_bundle(tmp_path / "unknown").trained is None
 
     data.rename(tmp_path / "moved")
     with pytest.raises(SystemExit):

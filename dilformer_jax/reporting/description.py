@@ -38,8 +38,8 @@ def of_run(workdir: Path, which: str = "best", dataset: Dataset | None = None) -
         "start_from": config.get("start_from", ""),
         "others": sorted(known.others),
     }
+    record = _record(workdir)
     if dataset is None:
-        record = _record(workdir)
         about = {key: record.get(key) for key in ("grid", "labels")} | {"versions": record.get("versions", {})}
         training |= {"licence": record.get("licence"), "pairs": record.get("pairs", {}).get("number")}
     else:
@@ -49,8 +49,9 @@ def of_run(workdir: Path, which: str = "best", dataset: Dataset | None = None) -
             "versions": provenance.versions(),
         }
         training |= {"licence": dataset.licence, "pairs": len(dataset.train)}
-        training["subjects"] = training["subjects"] or sorted(subjects(dataset.train))
-        training["chosen_by"] = training["chosen_by"] or sorted(subjects(dataset.validation))
+        # Where a run has a record and it does not say, what the run began with does not: that is not to be made up.
+        if "subjects" not in record:
+            training |= {"subjects": sorted(subjects(dataset.train)), "chosen_by": sorted(subjects(dataset.validation))}
     return params, {
         "network": {"name": config["model"]["name"], "options": _options(config["model"])},
         "preprocessing": resolved(config["data"]["preprocessing"]),
