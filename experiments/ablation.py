@@ -18,7 +18,9 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -45,6 +47,8 @@ STUDIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "no Dilformer": {"model.options.dilformer": "plain"},
         "Dilformer on fused features": {"model.options.dilformer": "fused"},
         "no SRF": {"model.options.srf": False},
+        # As large as the base.
+        "no SRF, narrower": {"model.options.srf": False, "model.options.width": 10},
         "loss at one level": {"loss.weights": (1.0,), "loss.windows": (9,)},
         "dilations 1, 1, 1": {"model.options.dilations": (1, 1, 1)},
         "attention in windows": {"model.options.attention": "windows"},
@@ -99,7 +103,7 @@ def configured(edits: Mapping[str, Any], scale: str, steps: int, seed: int, dire
     given = {
         "seed": seed,
         "total_steps": steps,
-        "log_every": min(50, steps),
+        "log_every": math.gcd(50, steps),
         "validate_every": steps,
         "checkpoint_every": steps,
         "validation_pairs": 1,
@@ -243,6 +247,13 @@ def spread(apart: list[np.ndarray]) -> float:
     return float(np.sqrt(squares / freedom)) if freedom else float("nan")
 
 
+def share_cores(share: str) -> None:
+    """Leaves the process one of so many equal parts of its cores ('0/2' is the first of two), where the system can."""
+    part, parts = map(int, share.split("/"))
+    if hasattr(os, "sched_setaffinity") and (mine := sorted(os.sched_getaffinity(0))[part::parts]):
+        os.sched_setaffinity(0, mine)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="LPBA40's folder")
@@ -255,6 +266,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="variants that are trained at the same time")
     parser.add_argument("--table", action="store_true", help="print what there is, in Markdown")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--share", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.table:
         print(table(options.output, options.study, options.scale, options.steps))
@@ -262,6 +274,7 @@ def main() -> None:
     if options.data is None:
         parser.error("give --data, LPBA40's folder")
     if options.one is not None:
+        share_cores(options.share)
         for seed in options.seeds:
             run(options.study, options.one, options.scale, options.steps, seed, options.data, options.output)
         return
@@ -272,14 +285,20 @@ def main() -> None:
     folder = options.output / f"{options.scale}-{options.steps}"
     folder.mkdir(parents=True, exist_ok=True)
 
+    # Of small networks several on a core each make more steps than one on all.
+    shares: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for worker in range(options.workers):
+        shares.put(f"{worker}/{options.workers}")
+
     def start(name: str) -> bool:
         # A process each: a program that has been compiled stays in a process's memory.
-        log = folder / f"{filed(name)}.log"
+        log, share = folder / f"{filed(name)}.log", shares.get()
         with log.open("a") as file:
             code = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--one", name], stdout=file, stderr=file,
+                [sys.executable, __file__, *sys.argv[1:], "--one", name, "--share", share], stdout=file, stderr=file,
                 env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
             ).returncode  # fmt: skip
+        shares.put(share)
         print(f"{time.strftime('%H:%M:%S')} {name}: {'done' if code == 0 else f'failed, see {log}'}", flush=True)
         return code == 0
 
