@@ -173,6 +173,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Case | Row]]] = {
     "memory": network_cases.memories,
     "step": network_cases.steps,
     "remat": training_cases.remats,
+    "compiling": training_cases.compilings,
     "data": training_cases.feeds,
     "startup": training_cases.starts,
     "hardware": hardware,

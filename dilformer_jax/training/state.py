@@ -1,6 +1,7 @@
 """The state of a run and the step that advances it."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,7 +106,9 @@ def initial(
     image = jnp.zeros((1, size, size, size, 1))
     make = lambda key: module.init(key, image, image)["params"]
     if params is None:
-        params = jax.jit(make)(jax.random.key(seed))
+        # Optimised, this program of random numbers would take a CPU over a minute to compile, and it runs once.
+        little = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        params = jax.jit(make, compiler_options=little)(jax.random.key(seed))
     else:
         _check_same(params, jax.eval_shape(make, jax.random.key(seed)))
         params = jax.tree.map(jnp.asarray, params)
@@ -219,10 +222,9 @@ def step_function(
         check_vma=False,
     )
 
-    # XLA would bring the channels of 3-D convolutions to the front for cuDNN, which brings most of them back.
-    layout = {"xla_gpu_force_conv_nhwc": True} if platform == "gpu" else None
+    options = _compiler_options(platform)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=NamedSharding(mesh, jax.P()), compiler_options=layout)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=NamedSharding(mesh, jax.P()), compiler_options=options)
     def step(state: State, batch: dict[str, Array]) -> tuple[State, Metrics]:
         now = {"progress": state.step / total_steps, "smoothness": jnp.float32(1)}
         if asked:
@@ -242,3 +244,15 @@ def step_function(
         return advanced, parts | {"regulariser_share": share, "gradient_norm": optax.tree.norm(gradients)}
 
     return step
+
+
+def _compiler_options(platform: str) -> dict[str, Any] | None:
+    """Of a training step, as it runs on 'cpu', 'gpu' or 'tpu'."""
+    if platform == "gpu":
+        # XLA would bring the channels of 3-D convolutions to the front for cuDNN, which brings most of them back.
+        return {"xla_gpu_force_conv_nhwc": True}
+    level = "xla_backend_optimization_level"
+    if platform == "cpu" and level not in os.environ.get("XLA_FLAGS", ""):
+        # Half the time of compiling; its products of matrices are not LLVM's, and the rest runs as fast.
+        return {level: 1}
+    return None
