@@ -13,7 +13,7 @@ import peers
 from cases import Case, Run, Shape, by, compiled, noise, torch_run, with_gradients
 from jax import lax
 
-from dilformer_jax.ops import conv, losses, spatial
+from dilformer_jax.ops import conv, similarities, spatial
 
 # --- 1. Convolutions ---
 
@@ -83,13 +83,13 @@ def correlations(arguments: argparse.Namespace) -> Iterator[Case]:
     """LNCC by 1-D sums, with its gradient to the moved image, against convolutions with a window of ones."""
     shape, window = ((12, 12, 12), 3) if arguments.quick else ((160, 192, 224), 9)
     fixed, moved = noise(0, 1, *shape, 1), noise(1, 1, *shape, 1)
-    program = jax.value_and_grad(functools.partial(losses.lncc, window=window), 1)
+    program = jax.value_and_grad(functools.partial(similarities.lncc, window=window), 1)
     ours = compiled(program, fixed, moved)
     theirs = torch_run(peers.similarity, fixed, moved, window)
     slow = jax.default_backend() == "cpu" and not arguments.quick
     if not slow:
         # On a CPU, XLA's would take a quarter of an hour.
-        with mock.patch.object(losses, "_window_sum", dense_sum):
+        with mock.patch.object(similarities, "_window_sum", dense_sum):
             theirs["XLA, ones"] = compiled(lambda *operands: program(*operands), fixed, moved)
     yield Case(f"LNCC {window}³, forward and backward", by(shape), {"sums along the axes": ours}, theirs, 0.01,
                rounds=1 if slow else None)  # fmt: skip

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import training_runs as runs
@@ -32,6 +32,16 @@ def shared_data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"the real brains are not at {DATA}")
     return DATA
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """The functions as users have them, without the test run's shape checks in front of their own."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dilformer_jax.ops import losses
+from dilformer_jax.ops import losses, regularisers, similarities
 
 PLAIN: dict[str, Any] = {
     "finest": 0,
@@ -45,10 +45,10 @@ def test_inverse_inconsistency_is_what_is_left_of_a_point_carried_there_and_back
         places = np.moveaxis(points + v, -1, 0)
         left = [ndimage.map_coordinates(u[..., a], places, order=1, mode="nearest") + v[..., a] for a in range(3)]
         squares.append(np.square(left).sum(axis=0).mean())
-    assert losses.inverse_inconsistency(jnp.asarray(pair)) == pytest.approx(np.mean(squares), rel=1e-4)
+    assert regularisers.inverse_inconsistency(jnp.asarray(pair)) == pytest.approx(np.mean(squares), rel=1e-4)
     there = np.broadcast_to(np.float32([1.5, -2, 0.5]), (9, 8, 10, 3))
-    assert losses.inverse_inconsistency(jnp.stack([there, -there])) == pytest.approx(0, abs=1e-10)
-    assert losses.inverse_inconsistency(jnp.stack([there, there])) == pytest.approx(4 * 6.5, rel=1e-6)
+    assert regularisers.inverse_inconsistency(jnp.stack([there, -there])) == pytest.approx(0, abs=1e-10)
+    assert regularisers.inverse_inconsistency(jnp.stack([there, there])) == pytest.approx(4 * 6.5, rel=1e-6)
 
 
 def test_lncc_of_some_voxels_is_the_mean_of_theirs():
@@ -61,7 +61,9 @@ def test_lncc_of_some_voxels_is_the_mean_of_theirs():
         f, m = (x[window] - x[window].mean() for x in (fixed, moved))
         values.append((f * m).sum() ** 2 / ((f * f).sum() * (m * m).sum() + 1e-5))
     images = (jnp.asarray(x[..., None], jnp.float32) for x in (fixed, moved))
-    assert losses.lncc(*images, 3, where=jnp.asarray(where[..., None])) == pytest.approx(np.mean(values), rel=1e-4)
+    assert similarities.lncc(*images, 3, where=jnp.asarray(where[..., None])) == pytest.approx(
+        np.mean(values), rel=1e-4
+    )
 
 
 def test_terms_of_the_multi_resolution_loss_add_up():
@@ -91,7 +93,7 @@ def test_terms_of_the_multi_resolution_loss_add_up():
     assert abs(start["plain"][0] - start["between"][0]) > 0.2 * start["plain"][0]
     total, parts = start["inverse"]
     assert parts["inconsistency"] == pytest.approx(
-        float(losses.inverse_inconsistency(jnp.asarray(fields[0]))), rel=1e-5
+        float(regularisers.inverse_inconsistency(jnp.asarray(fields[0]))), rel=1e-5
     )
     assert total == pytest.approx(float(start["plain"][0] + 0.3 * parts["inconsistency"]), rel=1e-5)
     # Of the mean over all voxels only those where the fixed image is not 0, at each level by itself.
@@ -107,7 +109,9 @@ def test_terms_of_the_multi_resolution_loss_add_up():
             )
             for x, u in zip(other, fields[level], strict=True)
         ])[..., None].astype(np.float32)  # fmt: skip
-        alike += weight * float(losses.lncc(*map(jnp.asarray, (image, moved)), window, where=jnp.asarray(image > 0)))
+        alike += weight * float(
+            similarities.lncc(*map(jnp.asarray, (image, moved)), window, where=jnp.asarray(image > 0))
+        )
     assert start["foreground"][1]["similarity"] == pytest.approx(alike, rel=1e-4)
     assert alike > 1.1 * start["lncc"][1]["similarity"]
 

@@ -13,7 +13,7 @@ from jax import lax
 
 from dilformer_jax import models
 from dilformer_jax.models import blocks
-from dilformer_jax.ops import conv, losses, ring, slabs, spatial
+from dilformer_jax.ops import conv, regularisers, ring, similarities, slabs, spatial
 from dilformer_jax.training import parallel, state, turns
 
 # Not to be divided among four devices: 22 planes, the last of four slabs of 6 being two thirds full; at the next level
@@ -45,18 +45,20 @@ def layers(fine, coarse, u, parameters):
     }
 
 
-def similarities(fine, coarse, u, parameters):
+def terms(fine, coarse, u, parameters):
     first, second = fine[..., :1], jnp.sin(fine[..., 1:])
     labels = [jnp.minimum(jnp.abs(2 * x), 3).astype(jnp.uint8) for x in (first, fine[..., 1:])]
     return {
-        "LNCC": losses.lncc(first, second, 7),
-        "LNCC, zeros": losses.lncc(first, second, 3, border="zeros"),
-        "LNCC, beyond the next slab": losses.lncc(coarse[..., :1], coarse[..., 1:], 9),
-        "MSE": losses.mse(first, second),
-        "Dice": losses.soft_dice(first, second),
-        "label overlap": losses.label_overlap(*labels, spatial.average(u), 3),
-        "diffusion": losses.diffusion(u),
-        "bending": losses.bending(u),
+        "LNCC": similarities.lncc(first, second, 7),
+        "LNCC, zeros": similarities.lncc(first, second, 3, border="zeros"),
+        "LNCC, beyond the next slab": similarities.lncc(coarse[..., :1], coarse[..., 1:], 9),
+        "LNCC of some voxels": similarities.lncc(first, second, 7, where=first > 0.3),
+        "MSE": similarities.mse(first, second),
+        "Dice": similarities.soft_dice(first, second),
+        "label overlap": similarities.label_overlap(*labels, spatial.average(u), 3),
+        "diffusion": regularisers.diffusion(u),
+        "bending": regularisers.bending(u),
+        "inverse inconsistency": regularisers.inverse_inconsistency(u),
     }
 
 
@@ -69,7 +71,7 @@ def warps(fine, coarse, u, parameters):
     }
 
 
-@pytest.mark.parametrize("program", [layers, similarities, warps])
+@pytest.mark.parametrize("program", [layers, terms, warps])
 def test_slabs_are_the_whole(program):
     key = iter(jax.random.split(jax.random.key(0), 10))
     volumes = tuple(jax.random.normal(next(key), (2, *shape, c)) for shape, c in ((FINE, 2), (COARSE, 2), (FINE, 3)))

@@ -16,7 +16,7 @@ from dilformer_jax.data import generated, pipeline, synthesis
 from dilformer_jax.data.phantoms import phantom
 from dilformer_jax.data.preprocessing import decode_classes, load_image, load_labels
 from dilformer_jax.io.volumes import BadInput, normalise
-from dilformer_jax.ops import losses
+from dilformer_jax.ops import losses, similarities
 from dilformer_jax.training import feeding, parallel
 
 SHAPE = (32, 36, 40)
@@ -286,7 +286,7 @@ def test_overlap_is_that_of_numpy_and_its_gradient_aligns() -> None:
     moving = np.roll(fixed, -2, 1)
     fixed[1][fixed[1] == 3] = 0  # absent from one: in no mean
     still = jnp.zeros((2, 4, 4, 4, 3))
-    overlap = jax.jit(lambda u: losses.label_overlap(jnp.asarray(fixed), jnp.asarray(moving), u, 3))
+    overlap = jax.jit(lambda u: similarities.label_overlap(jnp.asarray(fixed), jnp.asarray(moving), u, 3))
     by_hand = lambda moved: np.mean([dice_by_hand(f, m, 3) for f, m in zip(fixed[..., 0], moved[..., 0], strict=True)])
     assert overlap(still) == pytest.approx(by_hand(moving), abs=1e-6)
     # A voxel of 2x2x2 along the first axis, padded with the border's shares.
@@ -306,6 +306,6 @@ def test_the_loss_has_labels_where_there_are_some() -> None:
     labels = {"fixed_labels": label(), "moving_labels": label()}
     plain, parts = losses.multi_resolution(fixed, moving, [u], **options)
     whole, more = losses.multi_resolution(fixed, moving, [u], **options, **labels, label_count=3, label_weight=2.5)
-    overlap = losses.label_overlap(labels["fixed_labels"], labels["moving_labels"], u, 3)
+    overlap = similarities.label_overlap(labels["fixed_labels"], labels["moving_labels"], u, 3)
     assert 0.1 < overlap < 0.9 and more == parts | {"overlap": overlap}
     assert float(whole) == pytest.approx(float(plain + 2.5 * (1 - overlap)), abs=1e-6)

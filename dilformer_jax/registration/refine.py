@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Float32
 
 from dilformer_jax.data.preprocessing import by
 from dilformer_jax.io.volumes import BadInput, normalise
-from dilformer_jax.ops import information, losses, spatial
+from dilformer_jax.ops import information, regularisers, similarities, spatial
 
 Image = Float32[np.ndarray, "_ _ _"]
 Displacement = Float32[np.ndarray, "_ _ _ 3"]
@@ -55,7 +55,7 @@ class Refinement:
         pair comes with a displacement, what is integrated comes before it.
       similarity: 'lncc', for images of one contrast; 'mind', by self-similarity, or 'nmi', normalised mutual
         information, for images of two.
-      regulariser: 'diffusion' or 'bending' (`ops.losses`), which leaves affine deformations free.
+      regulariser: 'diffusion' or 'bending' (`ops.regularisers`), which leaves affine deformations free.
       weight: of the regulariser; by default that of `WEIGHTS`.
       window: LNCC's, in voxels of the level.
       rate: Adam's, in voxels of the level.
@@ -212,7 +212,7 @@ def _descended(fixed, moving, initial, x, spacing, how, steps):
     """The displacement or velocity after so many steps, in a rolled loop."""
     descent = optax.adam(how.rate, eps=SLOPE)
     likeness = _likeness(fixed, moving, how)
-    roughness = losses.REGULARISERS[how.regulariser]
+    roughness = regularisers.REGULARISERS[how.regulariser]
 
     def objective(x):
         # What a velocity moves has the gradient that a displacement would have.
@@ -231,11 +231,11 @@ def _descended(fixed, moving, initial, x, spacing, how, steps):
 def _likeness(fixed, moving, how):
     """How alike the images are, as a function of the displacement."""
     if how.similarity == "lncc":
-        return lambda u: losses.lncc(fixed, spatial.warp(moving, u), how.window)
+        return lambda u: similarities.lncc(fixed, spatial.warp(moving, u), how.window)
     if how.similarity == "nmi":
         return lambda u: information.nmi(fixed.ravel(), spatial.warp(moving, u).ravel())
-    still, other = losses.self_similarity(fixed), losses.self_similarity(moving)
-    return lambda u: -losses.mse(still, spatial.warp(other, u))
+    still, other = similarities.self_similarity(fixed), similarities.self_similarity(moving)
+    return lambda u: -similarities.mse(still, spatial.warp(other, u))
 
 
 def _padded(x, shape):

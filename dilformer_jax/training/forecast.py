@@ -92,7 +92,9 @@ def need(config: ConfigDict, shape: Shape, count: int = 0) -> Need:
             accumulate=config.accumulate,
             average=config.average,
         )
-        now = jax.eval_shape(lambda: state.initial(module, transformation, config.seed, average=config.average))
+        params = jax.eval_shape(lambda: state.fresh(module, jax.random.key(config.seed)))
+        begun = lambda params: state.initial(module, transformation, config.seed, params=params, average=config.average)
+        now = jax.eval_shape(begun, params)
         planes = split.count * split.planes if split else shape[0]
         image = jax.ShapeDtypeStruct((pairs, planes, *shape[1:], 1), jnp.float32, sharding=parallel.sharded(mesh))
         batch = feeding.shapes(image, made=config.data.name == "label_maps", labelled="label_weight" in config.loss)

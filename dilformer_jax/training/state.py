@@ -91,20 +91,25 @@ def optimiser(
     return optax.chain(optax.clip_by_global_norm(clip), moments[kind](rate))
 
 
+def fresh(module: Any, key: Array) -> Any:
+    """Random parameters of a network, which do not depend on the volume's shape, so that a tiny one makes them."""
+    size = 2 * module.downsampling
+    image = jnp.zeros((1, size, size, size, 1))
+    return module.init(key, image, image)["params"]
+
+
 def initial(
     module: Any, transformation: optax.GradientTransformation, seed: int, *, params: Any = None, average: float = 0.0
 ) -> State:
     """The state before the first step, with `params` or, without them, fresh ones; with a running mean of them where
-    `average` is not 0. Parameters do not depend on the volume's shape, so a tiny one makes them.
+    `average` is not 0.
 
     Raises BadInput for an average that is not at least 0 and less than 1, and, naming one of them, for `params` that
     are not this network's.
     """
     if not 0 <= average < 1:
         raise BadInput(f"average is {average}; make it 0, for none, or less than 1, 0.999 for example.")
-    size = 2 * module.downsampling
-    image = jnp.zeros((1, size, size, size, 1))
-    make = lambda key: module.init(key, image, image)["params"]
+    make = functools.partial(fresh, module)
     if params is None:
         # Optimised, this program of random numbers would take a CPU over a minute to compile, and it runs once.
         little = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
