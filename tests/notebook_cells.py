@@ -5,6 +5,7 @@ A Jupyter would need packages that the tests do without. What a cell ends with i
 
 import ast
 import json
+import signal
 import sys
 import types
 from pathlib import Path
@@ -43,4 +44,6 @@ def run(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # As in Jupyter. What a shell starts in the background ignores Ctrl-C, and so do its tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run(Path(sys.argv[1]))
