@@ -12,7 +12,7 @@ from scipy import ndimage  # type: ignore[import-untyped]
 
 from dilformer_jax import models
 from dilformer_jax.io import bundle
-from dilformer_jax.models import blocks
+from dilformer_jax.models import blocks, correlation
 from dilformer_jax.ops import folding, spatial
 
 # A quarter of the time to compile; nothing here is large enough for the difference in speed.
@@ -200,7 +200,7 @@ def test_correlation_has_the_gradient_of_its_definition() -> None:
         return jnp.stack([(fixed * padded[:, i : i + d, j : j + h, k : k + w]).mean(-1) for i, j, k in places], -1)
 
     fixed, moved, cotangent = (jax.random.normal(jax.random.key(n), (2, 3, 4, 2, c)) for n, c in enumerate((5, 5, 27)))
-    ours, theirs = (jax.vjp(f, fixed, moved)[1](cotangent) for f in (blocks.correlation, by_definition))
+    ours, theirs = (jax.vjp(f, fixed, moved)[1](cotangent) for f in (correlation.correlation, by_definition))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -208,7 +208,7 @@ def test_correlation_has_the_gradient_of_its_definition() -> None:
 def test_correlation_is_the_mean_product_at_each_of_the_27_places() -> None:
     random = np.random.default_rng(4)
     fixed, moved = random.normal(size=(2, 2, 3, 4, 5, 6))
-    found = np.asarray(blocks.correlation(jnp.asarray(fixed, jnp.float32), jnp.asarray(moved, jnp.float32)))
+    found = np.asarray(correlation.correlation(jnp.asarray(fixed, jnp.float32), jnp.asarray(moved, jnp.float32)))
     assert found.shape == (2, 3, 4, 5, 27)
     for b, *place in np.ndindex(2, 3, 4, 5):
         for n, offset in enumerate(np.ndindex(3, 3, 3)):

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from dilformer_jax import models
-from dilformer_jax.models import blocks
+from dilformer_jax.models import blocks, correlation
 from dilformer_jax.ops import conv, regularisers, ring, similarities, slabs, spatial
 from dilformer_jax.training import parallel, state, turns
 
@@ -34,7 +34,7 @@ def layers(fine, coarse, u, parameters):
         "depthwise, dilation 3": conv.depthwise(coarse, channelwise, dilation=3),
         "instance norm": blocks.instance_norm(fine),
         "channel attention": blocks.channel_attention(fine, jnp.sin(fine), fine**2, temperature),
-        "correlation": blocks.correlation(fine, jnp.cos(fine)),
+        "correlation": correlation.correlation(fine, jnp.cos(fine)),
         "average": spatial.average(fine),
         "resize": spatial.resize(coarse, FINE if slabs.current() is None else (6, 10, 8)),
         "reduced": spatial.resize(fine, COARSE if slabs.current() is None else (3, 5, 4)),

@@ -43,8 +43,15 @@ ONE_LEVEL = (
     "--config.loss.weights=(1.0,)",
     "--config.loss.windows=(5,)",
 )
-# Twelve steps, so that a run can be killed amid them; Dice at every fourth, a checkpoint at every second.
-WHOLE = (f"--config.total_steps={STEPS}", "--config.validate_every=4", "--config.checkpoint_every=2", *ONE_LEVEL)
+# Twelve steps, so that a run can be killed amid them; Dice at every fourth, a checkpoint at every second, and a running
+# mean, which must be the same too.
+WHOLE = (
+    f"--config.total_steps={STEPS}",
+    "--config.validate_every=4",
+    "--config.checkpoint_every=2",
+    "--config.average=0.9",
+    *ONE_LEVEL,
+)
 # Five steps of four pairs each. What several levels need of other slabs `test_slabs` compares.
 FIVE = (
     "--config.batch_size=4",

@@ -24,9 +24,9 @@ from dilformer_jax.models.blocks import (
     Head,
     Residual,
     SpatialTransformer,
-    correlation,
     rematerialised,
 )
+from dilformer_jax.models.correlation import correlation
 from dilformer_jax.ops import spatial
 
 
