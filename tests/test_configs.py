@@ -197,7 +197,9 @@ for item in sys.argv[1:]:
     config = cli.load_config(source)
     config.data.directory = directory
     config.total_steps, config.validate_every, config.checkpoint_every = 2, 2, 2
-    config.loss.regulariser_weight = 1.0  # that of most, whose program then is found in the cache
+    # As `training_runs.ONE_LEVEL`, with the regulariser of most: the step of the network itself is traced above.
+    config.model.options.levels, config.model.options.finest = 1, 1
+    config.loss.weights, config.loss.windows, config.loss.regulariser_weight = (1.0,), (5,), 1.0
     train.train(config, Path(workdir))
 """
 
@@ -259,7 +261,7 @@ def test_synthseg_trains(tmp_path: Path) -> None:
     train_all(("synthseg.py", tmp_path / "data", tmp_path / "run"))
     lines = logs.read(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 2] and 0.2 < lines[0]["dice_identity"] < 0.8
-    # Twice as much as the label overlap lacks, less the two levels' similarity.
+    # Twice as much as the label overlap lacks, less the similarity.
     for line in lines[1:3]:
         parts = -line["similarity"] + line["regulariser"] + 2 * (1 - line["overlap"])
         assert line["loss"] == pytest.approx(parts, abs=1e-5) and 0.1 < line["overlap"] < 0.9

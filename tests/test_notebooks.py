@@ -95,13 +95,13 @@ def test_colab(tmp_path: Path):
 def test_export_and_compare(tmp_path: Path):
     told = executed("export_and_compare", tmp_path)
     rows: list[dict[str, Any]] = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["methods"]
-    names = ["identity", "refinement alone", "Dilformer", "VoxelMorph"]
+    names = ["identity", "Dilformer", "VoxelMorph"]
     assert {row["name"] for row in rows} >= set(names)
     table = (tmp_path / "comparison" / "comparison.md").read_text()
     assert all(f"| {name} " in table or f"**{name}" in table for name in names)
     assert (tmp_path / "comparison" / "comparison.png").stat().st_size > 10_000
     scores = {name: mean(tmp_path / "results" / name) for name in names}
-    assert scores["identity"] + 0.01 < scores["Dilformer"] and scores["identity"] + 0.1 < scores["refinement alone"]
+    assert scores["identity"] + 0.01 < scores["Dilformer"]
     # The blocks' parameters add up to those of the table.
     (count,) = re.findall(r"^all +([\d,]+)$", told, re.MULTILINE)
     assert int(count.replace(",", "")) == next(row["parameters"] for row in rows if row["name"] == "Dilformer")
