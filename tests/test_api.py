@@ -82,3 +82,10 @@ def test_what_is_refused(inputs: Path):
         dilformer_jax.register(inputs / "fixed.nii.gz", inputs / "nan.nii.gz")
     with pytest.raises(BadInput, match="affine weird is no file; give auto, search, none or"):
         dilformer_jax.register(inputs / "fixed.nii.gz", inputs / "moving.nii.gz", affine="weird")
+    # Which reaches the network, that of the bundle here.
+    with pytest.raises(BadInput, match="weights was trained for no smoothness but its own, 1"):
+        dilformer_jax.register(
+            inputs / "fixed.nii.gz", inputs / "moving.nii.gz", weights=inputs / "weights", smoothness=2.0
+        )
+    with pytest.raises(BadInput, match="smoothness is asked of a network; leave it out"):
+        dilformer_jax.register(inputs / "fixed.nii.gz", inputs / "moving.nii.gz", weights=None, smoothness=2.0)

@@ -189,6 +189,11 @@ class Aligned:
         (["--output", "o"], "one of --workdir, --weights and --method; none given"),
         (["--output", "o", "--method", "identity", "--weights", "w"], "--weights and --method given"),
         (["--output", "o", "--method", "affine", "--refine", "5"], "not from --method affine"),
+        (
+            ["--output", "o", "--method", "identity", "--smoothness", "2"],
+            "asked of a network, not of --method identity",
+        ),
+        (["--output", "o", "--weights", "default", "--smoothness", "9"], "smoothness is 9 and .* from 0.25 to 4"),
         (["--output", "o", "--method", "identity", "--split", "test"], "no pairs in registration_test.*pairs for: val"),
         (["--output", "o", "--method", "identity", "--data", "/nowhere"], "TOY_0401_0000.nii.gz does not exist"),
     ],
