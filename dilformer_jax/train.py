@@ -212,6 +212,8 @@ def _start(path: str, workdir: Path) -> tuple[Any, run_record.Teachers]:
         return None, run_record.Teachers()
     if going_on:
         params, seen = None, selection.of_run(workdir)
+    elif path != bundle.DEFAULT and not Path(path).exists():
+        raise BadInput(f"config.start_from {path} does not exist; give a bundle, default, or a run's workdir.")
     elif (Path(path) / checkpoint.FOLDER).is_dir():
         params, seen = checkpoint.restore_params(path)[0], selection.of_run(path)
     else:

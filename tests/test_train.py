@@ -239,7 +239,7 @@ def test_a_run_starts_from_the_running_mean_of_another(
     assert subjects(second) == before
     assert json.loads((second / "config.json").read_text())["start_from"] == str(first)
     told = refusal(monkeypatch, capsys, tmp_path / "third", *started)
-    assert str(first) in told and "does not exist" in told
+    assert f"config.start_from {first} does not exist; give a bundle" in told
     one_way = ("--config.loss.inverse_weight=0.1", "--config.bidirectional=False")
     assert "compares both directions" in refusal(monkeypatch, capsys, tmp_path / "third", *settings, *one_way)
     wider = "--config.model.options.final=(3,)"
