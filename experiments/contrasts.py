@@ -60,11 +60,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--smoothness", type=float, help="of a network that was trained for several")
     parser.add_argument("--refine", type=int, default=0, help="steps of refinement by LNCC, of the T1 pairs alone")
+    parser.add_argument("--diffeomorphic", action="store_true", help="refine by a velocity")
+    parser.add_argument("--window", type=int, default=9, help="of the refinement's LNCC")
+    parser.add_argument("--weight", type=float, help="of the refinement's regulariser")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
     predictor = load_predictor(options.weights, options.workdir).with_smoothness(options.smoothness)
     pairs, ids = pairs_of(options.name, options.data, options.pairs)
+    refining = Refinement(
+        options.refine, diffeomorphic=options.diffeomorphic, window=options.window, weight=options.weight
+    )
+    how = refining if options.refine else None
     rows = []
     for number, pair in enumerate(pairs):
         assert pair.fixed.labels is not None and pair.moving.labels is not None
@@ -76,7 +83,6 @@ def main() -> None:
         kinds = (("t1", moving), ("other", other))[: 1 if options.refine else 2]
         for kind, image in kinds:
             start = time.perf_counter()
-            how = Refinement(options.refine) if options.refine else None
             found = register(fixed, image, predictor, fixed_labels, moving_labels, how, affine="none")
             assert found.moved_labels is not None
             dice = overlap.dice(fixed_labels.array, found.moved_labels, ids, moving_labels.array)
