@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from dilformer_jax.data.phantoms import phantom
 from dilformer_jax.io.geometry import apply_affine
 from dilformer_jax.io.volumes import BadInput, Volume
-from dilformer_jax.registration import affine
+from dilformer_jax.registration import affine, content
 
 MM = 2.5  # a voxel
 TURNED = np.diag([-1.0, 1, -1, 1])  # upside down
@@ -72,7 +72,7 @@ def corner_error(fixed, found, expected):
 def coarse():
     """Grids of half the size, an eighth of the samples: what follows is no matter of precision."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(affine, "SIZES", tuple(size // 2 for size in affine.SIZES))
+        patch.setattr(content, "SIZES", tuple(size // 2 for size in content.SIZES))
         yield
 
 
@@ -83,7 +83,7 @@ def aligned(fixed, disturbed, coarse):
 
 def test_a_known_affine_is_found(fixed, disturbed, known):
     found = affine.align(fixed, disturbed)
-    assert len(affine.content(fixed).foreground) == affine.SIZES[-1] == 64
+    assert len(content.content(fixed).foreground) == content.SIZES[-1] == 64
     assert corner_error(fixed, found.matrix, known) < MM / 2
     assert found.similarity.correlation > 0.95 > 0.6 > found.similarity_before.correlation
     assert found.similarity.nmi > found.similarity_before.nmi
