@@ -103,22 +103,28 @@ def warp_one_hot(
     volume every map is zero: half a voxel beyond a face the label of the face, from one voxel on 0.
     """
     labels, displacement = jnp.asarray(labels), jnp.asarray(displacement)
-    shape, nothing = labels.shape, jnp.iinfo(labels.dtype).max
-    last = jnp.array(shape) - 1
-    points = grid(displacement.shape[:3]) + displacement
-    low = jnp.floor(points)
-    fraction = points - low
-    around = []
-    for corner in sampling.CORNERS:
-        voxel = low.astype(jnp.int32) + jnp.array(corner)
-        weight = jnp.where(jnp.array(corner) == 1, fraction, 1 - fraction).prod(-1)
-        place = sampling.index(jnp.clip(voxel, 0, last)[None], (1, *shape, 1))[0]
-        label = sampling.take(labels[None, ..., None], place)[..., 0]
-        around.append((label, jnp.where(((voxel >= 0) & (voxel <= last)).all(-1), weight, 0)))
-    shares = [sum(jnp.where(other == mine, weight, 0) for other, weight in around) for mine, _ in around]
-    most = functools.reduce(jnp.maximum, shares)
-    largest = [jnp.where(share == most, mine, nothing) for share, (mine, _) in zip(shares, around, strict=True)]
-    return jnp.where(most > 0, functools.reduce(jnp.minimum, largest), 0)
+    nothing = jnp.iinfo(labels.dtype).max
+
+    def plane(points):
+        """Labels (f, g) at points (f, g, 3): plane by plane, what is known of the voxels around stays in the cache."""
+        place, weight = jnp.zeros((), jnp.int32), jnp.ones(())
+        for axis, size in enumerate(labels.shape):
+            low = jnp.floor(points[..., axis])
+            two, fraction = jnp.stack([low, low + 1]).astype(jnp.int32), points[..., axis] - low
+            share = jnp.where((two >= 0) & (two < size), jnp.stack([1 - fraction, fraction]), 0)
+            form = *(2 if other == axis else 1 for other in range(3)), *low.shape  # the eight voxels first
+            place = place * size + jnp.clip(two, 0, size - 1).reshape(form)
+            weight = weight * share.reshape(form)
+        label = labels.ravel().at[place].get(mode="promise_in_bounds")
+        # Without the barrier XLA writes all this anew for each of the 64 comparisons, and LLVM has to find out that it
+        # is the same: where it optimises little, that takes long or is not done.
+        around = list(zip(*lax.optimization_barrier([x.reshape(8, *low.shape) for x in (label, weight)]), strict=True))
+        shares = [sum(jnp.where(other == mine, weight, 0) for other, weight in around) for mine, _ in around]
+        most = functools.reduce(jnp.maximum, shares)
+        largest = [jnp.where(share == most, mine, nothing) for share, (mine, _) in zip(shares, around, strict=True)]
+        return jnp.where(most > 0, functools.reduce(jnp.minimum, largest), 0)
+
+    return lax.map(plane, grid(displacement.shape[:3]) + displacement)
 
 
 def compose(u: Float[Array, "*b d h w 3"], w: Float[Array, "*b d h w 3"]) -> Float[Array, "*b d h w 3"]:
