@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax import lax
@@ -35,12 +34,11 @@ HALVING = [(2, (4, 6, 2)), (3, (6, 4, 8)), (4, (6, 2, 4))]
 HALVING_PADDING = {2: (0, 0), 3: (1, 0), 4: (1, 1)}
 
 
-@pytest.fixture
-def unchecked():
-    """The functions as users have them, without the test run's shape checks in front of their own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+@pytest.fixture(params=["small", "large"])
+def forms(request, monkeypatch):
+    """Those that small volumes have on the CPU, and those of large ones."""
+    if request.param == "large":
+        monkeypatch.setattr(conv_cpu, "SMALL", 0)
 
 
 @pytest.fixture
@@ -146,7 +144,7 @@ def halving_operands(size, volume):
 
 
 @pytest.mark.parametrize(("kernel", "dilation", "volume"), DENSE)
-def test_conv_of_stride_one(kernel, dilation, volume):
+def test_conv_of_stride_one(kernel, dilation, volume, forms):
     x, weights, _ = operands = dense_operands(kernel, volume)
     got = answers(lambda x, k: conv.conv(x, k, dilation=dilation), *operands)
     expected = by_taps(*operands, dilation=dilation)
@@ -165,7 +163,7 @@ def test_depthwise(kernel, dilation, volume):
 
 
 @pytest.mark.parametrize(("size", "volume"), HALVING)
-def test_conv_of_stride_two(size, volume):
+def test_conv_of_stride_two(size, volume, forms):
     x, kernel, cotangent = operands = halving_operands(size, volume)
     got = answers(lambda x, k: conv.conv(x, k, stride=2), *operands)
     padding = (HALVING_PADDING[size],) * 3
@@ -298,11 +296,12 @@ def test_a_long_volume_is_convolved_a_part_at_a_time(monkeypatch):
     """Three steps of the loop over the depth, the last of which ends beyond the volume."""
     kernel, volume = (3, 3, 3), (11, 4, 3)
     operands = dense_operands(kernel, volume)
+    monkeypatch.setattr(conv_cpu, "SMALL", 0)
     monkeypatch.setattr(conv_cpu, "STEP", 4 * BATCH * 4 * 3 * CHANNELS)
     assert_answers(answers(conv.conv, *operands), by_taps(*operands))
 
 
-def test_coarse_numbers_are_convolved_as_themselves():
+def test_coarse_numbers_are_convolved_as_themselves(forms):
     """bfloat16 in and out; a kernel's gradient, a sum over the volume, is as good as its last rounding."""
     operands = dense_operands((3, 3, 3), (6, 5, 4))
     coarse = [jnp.asarray(operand, jnp.bfloat16) for operand in operands]

@@ -12,6 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 LAYOUT_2D = ("NHWC", "HWIO", "NHWC")
+# Voxels times channels of a volume that is small: what is soonest compiled is the fastest there too, or nearly.
+SMALL = 2**16
 
 
 def room(shape: tuple[int, ...], dtype: jnp.dtype, after: Float[Array, "..."]) -> Array:
@@ -48,7 +50,7 @@ def by_planes(*operands):
 def sliced(x, kernel, dilation):
     """The CPU's form, by the kernel's shape: 2-D convolutions, fewer where the kernel has three depths."""
     kd, kh, kw = kernel.shape[:3]
-    form = _winograd if kd == 3 and kh * kw > 1 else _planes
+    form = _winograd if kd == 3 and kh * kw > 1 and x.size > SMALL else _planes
     return _joined(form(_residues(x, dilation, kernel.shape), kernel), x.shape, dilation, kernel.shape)
 
 
@@ -155,6 +157,20 @@ def _result_transform(products):
     return p0 + near + far, near_odd + 2 * far_odd, near + 4 * far, near_odd + 8 * far_odd + p5
 
 
+def _small_kernel_gradient(x, gradient, kernel, dilation):
+    """One matrix product with all windows side by side, in the order of the kernel's taps."""
+    *sizes, c, o = kernel.shape
+    for axis in (3, 2, 1):
+        taps, size = sizes[axis - 1], x.shape[axis]
+        margin = [(dilation * (taps // 2),) * 2 if other == axis else (0, 0) for other in range(5)]
+        padded = jnp.pad(x, margin)
+        seen = [lax.slice_in_dim(padded, dilation * tap, dilation * tap + size, axis=axis) for tap in range(taps)]
+        x = jnp.concatenate(seen, axis=-1)
+    windows = x.reshape(-1, math.prod(sizes) * c)
+    total = jnp.matmul(windows.T, gradient.reshape(-1, o), preferred_element_type=_sum_type(kernel))
+    return total.reshape(kernel.shape).astype(kernel.dtype)
+
+
 def _kernel_gradient(x, gradient, kernel):
     """Slab by slab, so that no copy of the volume is made for each of the kernel's voxels: matrix products between the
     windows of the slab and the gradients of the slabs that it reaches in depth."""
@@ -222,8 +238,11 @@ def gradients(x, kernel, gradient, *, dilation):
     """Of `sliced`, to the input and to the kernel."""
     # To the input: the same convolution with the kernel flipped and its channels exchanged.
     flipped = jnp.swapaxes(kernel[::-1, ::-1, ::-1], 3, 4)
+    to_input = sliced(gradient, flipped, dilation=dilation)
+    if x.size <= SMALL:
+        return to_input, _small_kernel_gradient(x, gradient, kernel, dilation)
     apart = functools.partial(_residues, dilation=dilation, kernel_shape=kernel.shape)
-    return sliced(gradient, flipped, dilation=dilation), _kernel_gradient(apart(x), apart(gradient), kernel)
+    return to_input, _kernel_gradient(apart(x), apart(gradient), kernel)
 
 
 # --- stride 2 ---
