@@ -13,7 +13,7 @@ import peers
 from cases import Case, Run, Shape, by, compiled, noise, torch_run, with_gradients
 from jax import lax
 
-from dilformer_jax.ops import conv, similarities, spatial
+from dilformer_jax.ops import conv, platforms, similarities, spatial
 
 # --- 1. Convolutions ---
 
@@ -161,5 +161,5 @@ def forms(arguments: argparse.Namespace) -> Iterator[Case]:
 def as_on(kind: str, program: Callable, *operands: jax.Array) -> Run:
     """The program, compiled for this machine in the form that `ops.conv` has for the CPU or, 'default', for others."""
     chosen = lambda *operands, cpu, default, **_: (cpu if kind == "cpu" else default)(*operands)
-    with mock.patch.object(lax, "platform_dependent", chosen):
+    with mock.patch.object(platforms, "by_platform", chosen):
         return compiled(program, *operands)

@@ -46,10 +46,10 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture
 def one_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions are traced in the form of accelerators alone: a third of the time where nothing is computed."""
-    import jax
+    """Operations are traced in the form that accelerators have, the sooner, where nothing is computed."""
+    from dilformer_jax.ops import platforms
 
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, default, **_: default(*operands))
+    monkeypatch.setattr(platforms, "by_platform", lambda *operands, default, **_: default(*operands))
 
 
 # The files that take longest, which pytest-xdist's workers begin with, so that none is left with one at the end.

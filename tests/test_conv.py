@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax.extend import backend
 from scipy import ndimage, signal  # type: ignore[import-untyped]
 
-from dilformer_jax.ops import conv, conv_cpu
+from dilformer_jax.ops import conv, conv_cpu, platforms
 
 BATCH, CHANNELS, OUTPUTS = 2, 2, 3
 # Kernel, dilation, volume: dense, dilated and axis-wise; odd, even and anisotropic volumes, some thinner than the
@@ -44,7 +44,7 @@ def forms(request, monkeypatch):
 @pytest.fixture
 def as_accelerator(monkeypatch):
     """The forms that GPU and TPU get, run on this machine whatever it is."""
-    monkeypatch.setattr(lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+    monkeypatch.setattr(platforms, "by_platform", lambda *operands, cpu, default: default(*operands))
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -248,7 +248,10 @@ def test_the_accelerators_forms(as_accelerator):
 
 
 def test_each_platform_is_lowered_to_its_form():
-    """One traced function: 3-D convolutions on the GPU and TPU, forward and gradient, and none of them on the CPU."""
+    """One traced function: 3-D convolutions on the GPU and TPU, forward and gradient, and none of them on the CPU.
+
+    Unless it is asked for, a machine with nothing but CPUs traces their form alone.
+    """
     x, kernel, cotangent = (jnp.asarray(operand, jnp.float32) for operand in dense_operands((3, 3, 3), (4, 4, 4)))
     channelwise = kernel[..., 0]
 
@@ -265,10 +268,18 @@ def test_each_platform_is_lowered_to_its_form():
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         return len(re.findall(rf"stablehlo\.convolution\(.*dim_numbers = \[\w, {axes}, \w\]x", text))
 
-    for traced, count in (both.trace(x, kernel, cotangent, channelwise[..., :2]), 2), (halved.trace(x, kernel), 2):
+    operands = (x, kernel, cotangent, channelwise[..., :2])
+    with platforms.every():
+        asked = ((both.trace(*operands), 2), (halved.trace(x, kernel), 2))
+    for traced, count in asked:
         assert convolutions(traced, "cpu", "0, 1, 2") == 0 < convolutions(traced, "cpu", "0, 1")
         for platform in ("cuda", "tpu"):
             assert convolutions(traced, platform, "0, 1, 2") >= count
+    if set(backend.backends()) == {"cpu"}:
+        jax.clear_caches()
+        unasked = both.trace(*operands)
+        assert convolutions(unasked, "tpu", "0, 1, 2") == 0 < convolutions(unasked, "tpu", "0, 1")
+        assert "platform_index" not in str(unasked.jaxpr) and "platform_index" in str(asked[0][0].jaxpr)
 
 
 @pytest.mark.parametrize("form", ["cpu", "accelerator"])

@@ -10,7 +10,7 @@ import pytest
 from scipy import linalg, ndimage  # type: ignore[import-untyped]
 from warps import SHAPE, compiled, equations, numbers, off_the_voxels, points, single, warp_by_scipy
 
-from dilformer_jax.ops import folding, spatial
+from dilformer_jax.ops import folding, platforms, spatial
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_resize():
 
 
 def test_resize_as_a_gpu_doubles(monkeypatch):
-    monkeypatch.setattr(spatial.lax, "platform_dependent", lambda x, cuda, default: cuda(x))
+    monkeypatch.setattr(platforms, "by_platform", lambda x, cuda, default: cuda(x))
     image, target = numbers(2, 3, 4, 1, 2), (6, 8, 2)
     expected = np.stack([resize_by_scipy(each, target, False) for each in image])
     np.testing.assert_allclose(spatial.resize(jnp.asarray(image, jnp.float32), target), expected, atol=1e-5)

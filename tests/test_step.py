@@ -13,6 +13,7 @@ from jax.extend import core
 
 from dilformer_jax import models
 from dilformer_jax.data.phantoms import phantom
+from dilformer_jax.ops import platforms
 from dilformer_jax.training import checkpoint, feeding, parallel, state
 
 LOSS = {
@@ -221,7 +222,7 @@ def test_what_is_computed_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch
         return found
 
     # As accelerators have it; the CPU's convolutions of three depths compute in float32 what is bfloat16 around them.
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, default, **_: default(*operands))
+    monkeypatch.setattr(platforms, "by_platform", lambda *operands, default, **_: default(*operands))
     found = list(equations(jax.make_jaxpr(displacements)(params, image, image).jaxpr))
     types = lambda equation: {var.aval.dtype.name for var in equation.invars if var.aval.ndim > 1}
     convolutions = [equation for equation in found if equation.primitive.name == "conv_general_dilated"]
@@ -264,7 +265,7 @@ def test_bfloat16_registers_as_float32_does() -> None:
 
 def test_a_step_and_an_inference_lower_for_every_platform() -> None:
     """On a machine that has only a CPU; the step on volumes that are split."""
-    platforms = ("cpu", "cuda", "tpu")
+    everywhere = ("cpu", "cuda", "tpu")
     whole, two = models.create("dilformer", **OPTIONS), parallel.mesh(2)
     split = parallel.slabs(two, SIZE[0], whole.downsampling)
     step = state.step_function(whole, transformation(), LOSS, bidirectional=True, mesh=two, split=split)
@@ -274,16 +275,12 @@ def test_a_step_and_an_inference_lower_for_every_platform() -> None:
     one = models.create("dilformer", width=4, levels=1)  # whatever it computes, the step does too
     one_params = jax.eval_shape(one.init, jax.random.key(0), image, image)["params"]
     predict = jax.jit(lambda params, fixed, moving: one.apply({"params": params}, fixed, moving))
-    for exported, devices in (
-        (jax.export.export(step, platforms=platforms)(now, {"fixed": image, "moving": image}), 4),
-        (
-            jax.export.export(predict, platforms=platforms)(
-                one_params, *[jax.ShapeDtypeStruct((1, *SIZE, 1), jnp.float32)] * 2
-            ),
-            1,
-        ),
-    ):
-        assert exported.platforms == platforms and exported.nr_devices == devices
+    with platforms.every():
+        exported_step = jax.export.export(step, platforms=everywhere)(now, {"fixed": image, "moving": image})
+        pair = [jax.ShapeDtypeStruct((1, *SIZE, 1), jnp.float32)] * 2
+        exported_predict = jax.export.export(predict, platforms=everywhere)(one_params, *pair)
+    for exported, devices in ((exported_step, 4), (exported_predict, 1)):
+        assert exported.platforms == everywhere and exported.nr_devices == devices
         # Native convolutions of volumes for the accelerators, those of planes for the CPU.
         text = exported.mlir_module()
         assert "dim_numbers = [b, 0, 1, 2, f]" in text and "dim_numbers = [b, 0, 1, f]" in text

@@ -1,10 +1,9 @@
 """3-D convolutions, channels-last, each lowered as its platform likes it.
 
-A program is lowered for the platform it runs on by `jax.lax.platform_dependent`: the CPU gets the forms of
-`ops.conv_cpu`, which are several times faster there, GPU and TPU XLA's native 3-D convolution, but where that is slow
-on a GPU: with one channel in or few out, depthwise, and for kernels of 2³ (`experiments/benchmark.py` measures the
-forms). Forward and gradient rules choose separately, so that one traced function, or one exported artefact, serves
-every platform.
+The CPU gets the forms of `ops.conv_cpu`, which are several times faster there, GPU and TPU XLA's native 3-D
+convolution, but where that is slow on a GPU: with one channel in or few out, depthwise, and for kernels of 2³
+(`experiments/benchmark.py` measures the forms). Forward and gradient rules choose separately, so that one traced
+function, or one exported artefact, can serve every platform (`ops.platforms`).
 """
 
 import functools
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dilformer_jax.ops import conv_cpu, slabs
+from dilformer_jax.ops import conv_cpu, platforms, slabs
 
 LAYOUT_3D = ("NDHWC", "DHWIO", "NDHWC")
 FEWEST = 8  # channels out of a native convolution
@@ -76,7 +75,7 @@ def pointwise(inputs: Sequence[Float[Array, "b d h w _"]], kernel: Float[Array, 
 def _pointwise(inputs, kernel):
     if len(inputs) == 1:
         return inputs[0] @ kernel
-    return lax.platform_dependent(*inputs, kernel, cpu=conv_cpu.by_planes, default=_sum_of_products)
+    return platforms.by_platform(*inputs, kernel, cpu=conv_cpu.by_planes, default=_sum_of_products)
 
 
 def _pointwise_forward(inputs, kernel):
@@ -112,7 +111,7 @@ def _sum_of_products(*operands):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x, kernel, dilation):
-    return lax.platform_dependent(
+    return platforms.by_platform(
         x,
         kernel,
         cpu=functools.partial(conv_cpu.sliced, dilation=dilation),
@@ -129,7 +128,7 @@ def _conv_backward(dilation, saved, gradient):
         return jax.vjp(functools.partial(_native, dilation=dilation), x, kernel)[1](gradient)
 
     own = functools.partial(conv_cpu.gradients, dilation=dilation)
-    return lax.platform_dependent(*saved, gradient, cpu=own, default=native)
+    return platforms.by_platform(*saved, gradient, cpu=own, default=native)
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
@@ -176,7 +175,7 @@ def _halving_conv(x, kernel):
 
     @jax.custom_vjp
     def halving(x, kernel):
-        return lax.platform_dependent(x, kernel, cpu=form, default=native)
+        return platforms.by_platform(x, kernel, cpu=form, default=native)
 
     def forward(x, kernel):
         return halving(x, kernel), (x, kernel)
@@ -184,7 +183,7 @@ def _halving_conv(x, kernel):
     def backward(saved, gradient):
         rule = lambda form: lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient)
         own = conv_cpu.strided_gradients if form is conv_cpu.strided else rule(_packed)
-        return lax.platform_dependent(*saved, gradient, cpu=own, default=rule(native))
+        return platforms.by_platform(*saved, gradient, cpu=own, default=rule(native))
 
     halving.defvjp(forward, backward)
     return halving(x, kernel)
@@ -211,7 +210,7 @@ def _packed(x, kernel):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise(x, kernel, dilation):
-    return lax.platform_dependent(
+    return platforms.by_platform(
         x,
         kernel,
         cpu=functools.partial(conv_cpu.shifted, dilation=dilation),
@@ -228,7 +227,7 @@ def _depthwise_backward(dilation, saved, gradient):
         return jax.vjp(functools.partial(_fused, dilation=dilation), x, kernel)[1](gradient)
 
     own = functools.partial(conv_cpu.depthwise_gradients, dilation=dilation)
-    return lax.platform_dependent(*saved, gradient, cpu=own, default=fused)
+    return platforms.by_platform(*saved, gradient, cpu=own, default=fused)
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)

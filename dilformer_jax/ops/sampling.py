@@ -15,6 +15,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Num
 
+from dilformer_jax.ops import platforms
+
 CORNERS = tuple(itertools.product((0, 1), repeat=3))
 
 
@@ -86,9 +88,9 @@ def _backward(saved, gradient):
         return None, None, None
     to_image = to_coordinates = None
     if image_asked is not None:
-        to_image = lax.platform_dependent(*operands, gradient, cpu=spread_by_planes, default=spread)
+        to_image = platforms.by_platform(*operands, gradient, cpu=spread_by_planes, default=spread)
     if coordinates_asked is not None:
-        to_coordinates = lax.platform_dependent(*operands, gradient, cpu=slopes_by_planes, default=slopes)
+        to_coordinates = platforms.by_platform(*operands, gradient, cpu=slopes_by_planes, default=slopes)
     return to_image, to_coordinates, None
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.scipy import ndimage
 from jaxtyping import Array, Float, Int, Num
 
-from dilformer_jax.ops import ring, sampling, slabs
+from dilformer_jax.ops import platforms, ring, sampling, slabs
 
 
 def grid(shape: tuple[int, ...]) -> Float[Array, "d h w 3"]:
@@ -177,7 +177,7 @@ def _resized(x, shape, align_corners):
         product = functools.partial(_along, axis=axis, size=size, align_corners=align_corners)
         if size == 2 * x.shape[axis] and not align_corners:
             # A third of the product's time on a GPU, and none for its tuning; twice the product's on the CPU.
-            x = lax.platform_dependent(x, cuda=functools.partial(_doubled, axis=axis), default=product)
+            x = platforms.by_platform(x, cuda=functools.partial(_doubled, axis=axis), default=product)
         else:
             x = product(x)
     return x
