@@ -148,9 +148,8 @@ def test_each_level_has_a_displacement_in_its_own_voxels(name: str) -> None:
     expected = [(4, *(n // 2 ** (finest + level) for n in full), 3) for level in range(levels)]
     assert [u.shape for u in single] == [u.shape for u in both] == expected
     assert all(u.dtype == np.float32 for u in both)
-    if (
-        levels == 2
-    ):  # twice the vectors on twice the voxels: what the fine level adds does not hide it (by chance: 0.02)
+    if levels == 2:
+        # Twice the vectors on twice the voxels: what the fine level adds does not hide it (by chance: 0.02).
         doubled = np.asarray(spatial.resize(jnp.asarray(single[1]), single[0].shape[1:4])) * 2
         assert np.corrcoef(doubled.ravel(), single[0].ravel())[0, 1] > 0.2
 

@@ -67,10 +67,10 @@ def test_your_own_data(tmp_path: Path):
     assert "unlabelled: 30 training pairs, 2 for choosing, 0 labels" in told
     assert "a training step at 32x40x32 needs" in told
     # Stopped after a checkpoint and before the end; gone on from there, not from the beginning.
-    starts = [int(step) for step in re.findall(r"from step (\d+) of 200", told)]
-    assert "exit code 130" in told and len(starts) == 2 and starts[0] == 0 < starts[1] < 200
+    starts = [int(step) for step in re.findall(r"from step (\d+) of 60", told)]
+    assert "exit code 130" in told and len(starts) == 2 and starts[0] == 0 < starts[1] < 60
     steps = [json.loads(line)["step"] for line in (tmp_path / "runs/study/metrics.jsonl").read_text().splitlines()]
-    assert [step for step in dict.fromkeys(steps)] == list(range(0, 201, 10))
+    assert [step for step in dict.fromkeys(steps)] == list(range(0, 61, 10))
     # On patients that neither trained nor chose.
     identity, network = tmp_path / "results" / "identity", tmp_path / "results" / "network"
     assert "none of the 2 subjects trained the network or chose its checkpoint" in told
