@@ -1,7 +1,6 @@
 """The notebooks run, cell by cell, on smaller brains; the files themselves are left alone."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -46,11 +45,10 @@ def executed(name: str, place: Path) -> str:
     the same network and images, so that the first compiles for the others.
     """
     pytest.importorskip("matplotlib")
-    flags = runs.compiler(devices=1).replace("optimization_level=0", "optimization_level=1")
-    more = {"DILFORMER_NOTEBOOKS": "tiny", "PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": flags, "MPLBACKEND": "agg"}
+    more = {"DILFORMER_NOTEBOOKS": "tiny", "PYTHONPATH": str(runs.ROOT), "MPLBACKEND": "agg"}
     script, notebook = Path(__file__).with_name("notebook_cells.py"), NOTEBOOKS / f"{name}.ipynb"
     command = [sys.executable, "-W", "error", script, notebook]
-    process = subprocess.run(command, cwd=place, env={**os.environ, **more}, text=True, capture_output=True)
+    process = subprocess.run(command, cwd=place, env=runs.environment(level=1, **more), text=True, capture_output=True)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 

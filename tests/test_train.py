@@ -154,16 +154,15 @@ def test_a_network_learns_a_pair(table: Path, tmp_path: Path) -> None:
     config = runs.ROOT / "configs" / f"{DILFORMER}.py:tiny"
     settings = [f"--config.data.directory={table}", "--config.data.preprocessing.downsample=1", *LEARNING]
     network = [f"--config.model.options.{option}" for option in ("width=8", "msr=False", "dilformer=plain")]
-    runs.finish(
-        runs.start(runs.command("train", "--config", config, "--workdir", tmp_path / "run", *settings, *network))
-    )
+    command = runs.command("train", "--config", config, "--workdir", tmp_path / "run", *settings, *network)
+    runs.finish(runs.start(command))
     lines = logs.read(tmp_path / "run" / "metrics.jsonl")
     falling = [line["loss"] for line in lines if "loss" in line]
     assert len(falling) == 12 and falling[-1] < min(falling[0], 0) - 0.4
     first, last = [line for line in lines if "dice" in line]
     assert (first["step"], last["step"]) == (0, 48) and first["dice"] == first["dice_identity"] > 0.4
     # Of the only pair that has a Dice, the one trained on.
-    assert last["dice"] > last["dice_identity"] + 0.03 and last["dice_identity"] == first["dice_identity"]
+    assert last["dice"] > last["dice_identity"] + 0.02 and last["dice_identity"] == first["dice_identity"]
     assert 0.3 < last["displacement_p95"] < 4 and last["folding_percent"] < 1
 
 
@@ -203,7 +202,7 @@ def test_a_run_starts_from_the_running_mean_of_another(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    short = (f"--config.{name}=16" for name in ("total_steps", "validate_every", "checkpoint_every"))
+    short = (f"--config.{name}=8" for name in ("total_steps", "validate_every", "checkpoint_every"))
     settings = (f"--config.data.directory={table}", *LEARNING, *short, "--config.average=0.7")
     trained(monkeypatch, first, *settings)
     mean, step = checkpoint.restore_params(first)
