@@ -14,16 +14,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import CONFIGS, Case, Row, Run, by
+from cases import CONFIGS, Case, Row, Run, by, compiled, noise, with_gradients
 from network_cases import random_parameters
 
 from dilformer_jax import models
 from dilformer_jax.data import pipeline
 from dilformer_jax.data.sources import DATASETS
+from dilformer_jax.ops import conv, conv_cpu, platforms
 from dilformer_jax.training import feeding, parallel, state
 
 ROOT = CONFIGS.parent
@@ -52,15 +54,24 @@ def remats(arguments: argparse.Namespace) -> Iterator[Case | Row]:
 
 
 def compilings(arguments: argparse.Namespace) -> Iterator[Case | Row]:
-    """Compiling for a CPU as far as `training.state` does, against level 3, XLA's own: the time it takes, and that of a
-    step so compiled."""
+    """For a CPU: tracing its forms alone, against those of every platform; compiling as far as `training.state` does,
+    against level 3, XLA's own, and the time of a step so compiled; convolutions of a small volume, against the form
+    that large ones have."""
     if jax.default_backend() != "cpu":
         return
     config = configuration("lpba40_cpu.py", arguments)
     shape = (32, 32, 32) if arguments.quick else (80, 96, 80)
-    step, now = step_of(config)
     image = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32, sharding=parallel.sharded(one_device()))
-    lowered = step.lower(now, {"fixed": image, "moving": image})
+    _, now = step_of(config)
+    spent, traced = {}, {}
+    for forms, asked in (("the CPU's forms", contextlib.nullcontext), ("every form", platforms.every)):
+        with asked():
+            step, _ = step_of(config)
+            begin = time.process_time()
+            traced[forms] = step.trace(now, {"fixed": image, "moving": image})
+            spent[forms] = time.process_time() - begin
+    yield compared("training step, tracing", shape, spent, 0.6)
+    lowered = traced["the CPU's forms"].lower()
     fresh = functools.partial(state.fresh, models.create(config.model.name, **config.model.options.to_dict()))
     beginning = jax.jit(fresh).lower(jax.random.key(0))
     programs = {}
@@ -70,13 +81,28 @@ def compilings(arguments: argparse.Namespace) -> Iterator[Case | Row]:
             begin = time.process_time()
             programs[what, level] = program.compile({"xla_backend_optimization_level": level})
             spent[level] = time.process_time() - begin
-        yield {
-            "case": f"{what}, compiling", "of": f"level {ours}", "size": by(shape), "dtype": "float32",
-            "unit": "CPU s", "ours": spent[ours], "peer": "level 3", "theirs": spent[3],
-            "ratio": spent[ours] / spent[3], "target": 0.75, "rounds": 1,
-        }  # fmt: skip
+        yield compared(f"{what}, compiling", shape, {f"level {n}": seconds for n, seconds in spent.items()}, 0.75)
     first, second = ({f"level {n}": run_of(config, programs["training step", n], shape)} for n in (1, 3))
     yield Case("training step, time", by(shape), first, second, 1.05)
+    x, kernel = noise(0, 2, 5, 6, 5, 128), noise(1, 3, 3, 3, 128, 128)  # of a coarsest level
+    spent, runs = {}, {}
+    for form, small in (("small", conv_cpu.SMALL), ("large", 0)):
+        with mock.patch.object(conv_cpu, "SMALL", small):
+            begin = time.process_time()
+            runs[form] = compiled(with_gradients(lambda x, kernel: conv.conv(x, kernel)), x, kernel)
+            spent[form] = time.process_time() - begin
+    yield compared("a small volume's convolution, compiling", x.shape[1:4], spent, 0.5)
+    yield Case("a small volume's convolution, time", by(x.shape[1:4]), {"small": runs["small"]},
+               {"large": runs["large"]}, 1.0)  # fmt: skip
+
+
+def compared(case: str, shape: tuple[int, ...], seconds: dict[str, float], target: float) -> Row:
+    """A row of the CPU's seconds of two ways, each measured once."""
+    (of, ours), (peer, theirs) = seconds.items()
+    return {
+        "case": case, "of": of, "size": by(shape), "dtype": "float32", "unit": "CPU s", "ours": ours, "peer": peer,
+        "theirs": theirs, "ratio": ours / theirs, "target": target, "rounds": 1,
+    }  # fmt: skip
 
 
 def configuration(name: str, arguments: argparse.Namespace) -> Any:
