@@ -1,7 +1,8 @@
 """An operation in the form that the platform likes it runs on.
 
 `jax.lax.platform_dependent` traces every form of an operation and lowers one. Where JAX finds no devices but CPUs the
-others are for nothing, and tracing a network with them takes three times as long: there the CPU's form alone is traced.
+others are for nothing, and tracing a step with them takes half as long again (`experiments/benchmark.py`): there the
+CPU's form alone is traced.
 """
 
 import contextlib
