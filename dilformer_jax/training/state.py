@@ -258,7 +258,7 @@ def _compiler_options(platform: str) -> dict[str, Any] | None:
         return {"xla_gpu_force_conv_nhwc": True}
     level = "xla_backend_optimization_level"
     if platform == "cpu" and level not in os.environ.get("XLA_FLAGS", ""):
-        # Seven tenths of the time of compiling. Products of matrices are not LLVM's, and the rest runs no slower
+        # Four fifths of the time of compiling. Products of matrices are not LLVM's, and the rest runs no slower
         # (`experiments/benchmark.py --only compiling`).
         return {level: 1}
     return None
