@@ -12,7 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 LAYOUT_2D = ("NHWC", "HWIO", "NHWC")
-# Voxels times channels of a volume that is small: what is soonest compiled is the fastest there too, or nearly.
+# Voxels times channels of a volume that is small: there the forms that compile soonest take from half to twice the time
+# of the others, milliseconds, and save seconds of compiling.
 SMALL = 2**16
 
 
@@ -158,7 +159,8 @@ def _result_transform(products):
 
 
 def _small_kernel_gradient(x, gradient, kernel, dilation):
-    """One matrix product with all windows side by side, in the order of the kernel's taps."""
+    """One matrix product with all windows side by side, in the order of the kernel's taps; joined along one axis after
+    the other, since 27 at once compile slowly."""
     *sizes, c, o = kernel.shape
     for axis in (3, 2, 1):
         taps, size = sizes[axis - 1], x.shape[axis]
