@@ -154,6 +154,20 @@ def test_blur_is_scipys_and_thick_slices_are_linear_between() -> None:
     np.testing.assert_allclose(thick[:, 5], 0.75 * x[:, 4] + 0.25 * x[:, 8], rtol=0, atol=1e-4)
 
 
+def test_coarse_images_are_so_along_all_axes() -> None:
+    options = synthesis.OPTIONS | {"coarse": 1.0, "coarseness": 3.0, "thick": 0.0, "blur": 0.0}
+    for voxel in ((1.0, 1.0, 1.0), (1.0, 1.5, 0.5)):
+        found = [synthesis.drawn(np.random.default_rng(seed), options, voxel) for seed in range(40)]
+        samples = np.concatenate([numbers["spacing"] for numbers in found]) * voxel
+        distance = samples[:, 2]  # of voxels that are never larger
+        assert 2.5 < distance.max() <= 3 and 1 <= distance.min() < 1.5 and abs(distance.mean() - 2) < 0.2
+        # But for axes whose voxels are farther apart as it is.
+        np.testing.assert_allclose(samples, np.maximum(distance[:, None], voxel), rtol=1e-5)
+        np.testing.assert_allclose(found[0]["sigma"], 0.4 * (found[0]["spacing"] - 1), rtol=1e-6)
+    never = synthesis.drawn(np.random.default_rng(0), options | {"coarse": 0.0}, (1.0, 1.0, 1.0))
+    assert (never["spacing"] == 1).all()
+
+
 def test_fluid_far_from_the_brain_is_cut_off_and_surroundings_lie_around_it() -> None:
     maps = np.full(SHAPE, synthesis.FLUID, np.uint8)
     maps[10:20, 10:20, 10:20] = 1

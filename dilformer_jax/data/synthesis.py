@@ -64,6 +64,8 @@ OPTIONS: dict[str, Any] = {
     "blur": 1.2,  # standard deviation of the point spread
     "thickness": 5.0,  # of slices along one axis, in the `thick` share of images
     "thick": 0.25,
+    "coarseness": 2.5,  # of what is sampled alike along all axes, in the `coarse` share of images
+    "coarse": 0.0,
     "bias": 1.2,  # standard deviation of the control points of its logarithm; of the logarithm, a third
     "gamma": 0.2,  # standard deviation of its logarithm
 }
@@ -115,6 +117,9 @@ def drawn(
         spacing = np.ones(3)
         if generator.random() < o["thick"]:
             spacing[generator.integers(3)] = max(1.0, generator.uniform(1, max(1, o["thickness"])) / mm.mean())
+        # Where none is coarse no number is drawn, so that images stay what they were before there were any.
+        if o["coarse"] and generator.random() < o["coarse"]:
+            spacing = np.maximum(spacing, generator.uniform(1, max(1, o["coarseness"])) / mm)
         sigma = generator.uniform(0, o["blur"], 3) / mm + 0.4 * (spacing - 1)
         size = (o["controls"],) * 3
         images.append(
@@ -259,7 +264,8 @@ def t1_like(maps: UInt8[np.ndarray, "d h w"], seed: int) -> Float32[np.ndarray, 
     """The image of a class map at 1 mm that validation sees: T1-like, with a little of everything, cut out of its
     surroundings, and where the map lies."""
     generator = np.random.default_rng(seed)
-    gentle = {"t1": 1, "remapped": 0, "without_below": 0, "surroundings": 0, "soft": 0, "deformation": 0, "thick": 0}
+    none = ("remapped", "without_below", "surroundings", "soft", "deformation", "thick", "coarse")
+    gentle = dict.fromkeys(none, 0) | {"t1": 1}
     numbers = {name: x[0] for name, x in drawn(generator, OPTIONS | gentle, (1.0, 1.0, 1.0)).items()}
     numbers["strip"][1] = 0.5
     white = generator.standard_normal((2, *maps.shape), np.float32)
