@@ -1,5 +1,6 @@
 """Pictures compared with the arrays that they show."""
 
+import itertools
 import struct
 import subprocess
 import sys
@@ -209,6 +210,18 @@ def test_a_long_curve_is_smoothed_without_moving_it():
     raw, smooth = figures.training(records).axes[0].get_lines()
     assert len(raw.get_xdata()) == 90 > len(smooth.get_xdata()) > 80
     np.testing.assert_allclose(smooth.get_ydata(), 3.0 - 0.001 * smooth.get_xdata())
+
+
+@pytest.mark.parametrize("last", [12, 300, 8000, 36000, 260000])
+def test_the_numbers_of_the_steps_do_not_touch(last):
+    records = [{"step": step, "loss": 1.0, "regulariser": 1.0, "dice": 0.5} for step in (0, last // 2, last)]
+    figure = figures.training(records)
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        shown = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+        inside = [box for box in shown if ax.bbox.x0 - 1 <= (box.x0 + box.x1) / 2 <= ax.bbox.x1 + 1]
+        assert len(inside) >= 3
+        assert all(right.x0 - left.x1 > 4 for left, right in itertools.pairwise(inside))
 
 
 def test_pictures_are_saved_in_one_piece_and_leave_no_state(tmp_path):

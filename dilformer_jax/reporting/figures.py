@@ -162,6 +162,8 @@ def training(records: Sequence[Mapping[str, Any]]) -> "Figure":
         if len(keys) > 1 or label == "Dice":
             ax.legend(frameon=False, fontsize=8, labelcolor=INK)
         plain(ax, "step", label)
+        # Few enough that numbers of five digits do not touch.
+        ax.locator_params(axis="x", nbins=5, integer=True)
     return figure
 
 
