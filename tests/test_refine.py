@@ -132,6 +132,15 @@ def test_what_it_is_given_is_improved(brain, diffeomorphic):
         assert found.inverse is None
 
 
+@pytest.mark.parametrize("diffeomorphic", [False, True])
+def test_what_a_network_found_is_not_smoothed(diffeomorphic):
+    """Images without contrast say nothing against it, however rough it is."""
+    blank, initial = jnp.full((16, 16, 16, 1), 0.5), np.random.default_rng(0).normal(0, 2, (16, 16, 16, 3))
+    how = Refinement(5, diffeomorphic, weight=10.0)
+    u, _ = refine.found(blank, blank, jnp.ones(3), how, 0, 0, jnp.asarray(initial, jnp.float32))
+    np.testing.assert_allclose(u, initial, rtol=0, atol=1e-5)
+
+
 def test_no_step_leaves_a_displacement_as_it_is(brain):
     image, initial = brain[0], bent(2.0)
     found = refine.refine(image, image, Refinement(0, True), initial)

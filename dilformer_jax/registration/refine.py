@@ -1,7 +1,9 @@
 """Instance optimisation: the displacement of one pair, found or improved by descent on its own similarity.
 
 Coarse to fine from nothing, which is a classical registration by itself, or at the finest level from the displacement
-of a network. What is descended is dissimilarity + weight · roughness, by Adam.
+of a network. What is descended is dissimilarity + weight · roughness of what is sought, by Adam: behind a network, of
+what is added to its displacement, which stands for what training has taught of likely deformations. To weigh the
+roughness of the whole would undo that (experiments/results/refinement.md).
 
 A velocity v, of which the displacement is exp(v), takes the gradient of the displacement for its own, and it is v whose
 roughness is weighed: as in the log-domain demons of Vercauteren et al. (MICCAI 2008), an update of the displacement is
@@ -217,8 +219,7 @@ def _descended(fixed, moving, initial, x, spacing, how, steps):
     def objective(x):
         # What a velocity moves has the gradient that a displacement would have.
         u = x + lax.stop_gradient(spatial.integrate(x, INTEGRATION) - x) if how.diffeomorphic else x
-        whole = x if initial is None else initial + x
-        return fixed.size * (how.weight * roughness(whole, spacing) - likeness(_total(initial, u, how)))
+        return fixed.size * (how.weight * roughness(x, spacing) - likeness(_total(initial, u, how)))
 
     def step(_, carried):
         x, state = carried
