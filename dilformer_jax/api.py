@@ -219,9 +219,9 @@ def registered(
     By the network that ships, or that of other `weights` (a bundle) or of a `workdir` (a training run), with `refine`
     steps of refinement behind it; with `weights` None by refinement alone, 50 steps unless `refine` says otherwise.
     A network that was trained for several is asked for `smoothness`, its regulariser's weight times the usual one.
-    Further keywords are `Refinement`'s: `similarity`, `diffeomorphic` ... `affine` is 'auto', 'search', 'none', a file
-    or a matrix (4, 4) from fixed to moving RAS mm. Masks hide all but the brain. `reading` says how to read what
-    headers leave open.
+    Further keywords are `Refinement`'s: `similarity`, `diffeomorphic` (behind a network, True unless said) ...
+    `affine` is 'auto', 'search', 'none', a file or a matrix (4, 4) from fixed to moving RAS mm. Masks hide all but the
+    brain. `reading` says how to read what headers leave open.
 
     Raises BadInput, in one sentence, for what the user can mend.
     """
@@ -237,7 +237,7 @@ def registered(
         raise BadInput(f"refine is {steps}; give {int(predictor is None)} or more steps, 50 for example.")
     if steps == 0 and refinement:
         raise BadInput(f"{next(iter(refinement))} says how to refine; give refine=50, for example, with it.")
-    refining = Refinement(steps, **refinement) if steps else None
+    refining = Refinement.usual(steps, network=predictor is not None, **refinement) if steps else None
     given = affine if isinstance(affine, str | Path) else np.asarray(affine).tolist()
     how = How(predictor, refining, given, reading=reading)
     inputs = read(how, (fixed, moving), (fixed_labels, moving_labels), (fixed_mask, moving_mask))

@@ -69,7 +69,11 @@ def add_smoothness(parser: argparse.ArgumentParser) -> None:
 def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:
     """The options of which `refinement` makes a Refinement."""
     parser.add_argument("--refine", type=int, metavar="N", help=f"steps of instance optimisation ({default})")
-    parser.add_argument("--diffeomorphic", action="store_true", help="refine by a velocity, which does not fold")
+    parser.add_argument(
+        "--diffeomorphic",
+        action=argparse.BooleanOptionalAction,
+        help="refine by a velocity, which does not fold (by default behind a network, and a displacement without)",
+    )
     parser.add_argument(
         "--similarity",
         choices=("lncc", "mind", "nmi"),
@@ -78,9 +82,9 @@ def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--regulariser", choices=("diffusion", "bending"), help="what smooths (by default diffusion)")
 
 
-def refinement(options: argparse.Namespace, otherwise: int = 0, *, alone: bool = False) -> "Refinement | None":
-    """How the command line wants a pair to be refined: in `otherwise` steps where it does not say so, in none of them
-    not at all, which cannot be where refinement `alone` registers.
+def refinement(options: argparse.Namespace, *, network: bool, otherwise: int = 0) -> "Refinement | None":
+    """How the command line wants a pair to be refined, behind a network or without one: in `otherwise` steps where it
+    does not say so, in none of them not at all, which cannot be where refinement alone registers.
 
     Raises BadInput for fewer than no steps, and for how without how much.
     """
@@ -88,14 +92,16 @@ def refinement(options: argparse.Namespace, otherwise: int = 0, *, alone: bool =
 
     steps = otherwise if options.refine is None else options.refine
     how = {name: getattr(options, name) for name in ("diffeomorphic", "similarity", "regulariser")}
-    given = {name: value for name, value in how.items() if value}
-    if steps < alone:
-        raise BadInput(f"--refine is {steps}; give {int(alone)} or more steps, 50 for example.")
+    given = {name: value for name, value in how.items() if value is not None}
+    least = int(otherwise > 0 and not network)
+    if steps < least:
+        raise BadInput(f"--refine is {steps}; give {least} or more steps, 50 for example.")
     if steps == 0:
-        if given:
-            raise BadInput(f"--{next(iter(given))} says how to refine; give --refine N with it.")
+        for name, value in given.items():
+            said = f"no-{name}" if value is False else name
+            raise BadInput(f"--{said} says how to refine; give --refine N with it.")
         return None
-    return Refinement(steps, **given)
+    return Refinement.usual(steps, network=network, **given)
 
 
 def _network(text: str) -> str:

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         options.method,
         options.weights,
         options.workdir,
-        cli.refinement(options),
+        cli.refinement(options, network=options.method is None),
         options.syn_iterations,
         options.smoothness,
     )
@@ -170,7 +170,8 @@ def _parser() -> cli.Arguments:
 def _folder(options: argparse.Namespace) -> str:
     """Where results go that nobody has named a place for: two questions about one run do not overwrite each other."""
     pairs = options.pairs.stem if options.pairs else options.protocol
-    refined = "" if options.refine is None else f"refine{options.refine}" + "-diffeomorphic" * options.diffeomorphic
+    form = {None: "", True: "-diffeomorphic", False: "-displacement"}[options.diffeomorphic]
+    refined = "" if options.refine is None else f"refine{options.refine}{form}"
     smoothed = "" if options.smoothness is None else f"smoothness{options.smoothness:g}"
     return "-".join(part for part in ("evaluation", options.method, pairs, options.split, smoothed, refined) if part)
 

@@ -108,7 +108,7 @@ def _method(options: argparse.Namespace) -> "Method":
         options.method,
         options.weights,
         options.workdir,
-        cli.refinement(options),
+        cli.refinement(options, network=options.method is None),
         options.syn_iterations,
         options.smoothness,
     )

@@ -128,7 +128,7 @@ def _how(options: argparse.Namespace, command: str) -> How:
         predictor = predictor.with_smoothness(options.smoothness)
     elif options.smoothness is not None:
         raise BadInput("--smoothness is asked of a network; leave it out with --weights none.")
-    refinement = cli.refinement(options, steps, alone=predictor is None)
+    refinement = cli.refinement(options, network=predictor is not None, otherwise=steps)
     known = options.affine in ("auto", "search", "none")
     if not known and not Path(options.affine).is_file():
         raise BadInput(f"--affine {options.affine} is no file; give auto, search, none or a file with an affine.")

@@ -60,7 +60,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--smoothness", type=float, help="of a network that was trained for several")
     parser.add_argument("--refine", type=int, default=0, help="steps of refinement by LNCC, of the T1 pairs alone")
-    parser.add_argument("--diffeomorphic", action="store_true", help="refine by a velocity")
+    parser.add_argument(
+        "--diffeomorphic", action=argparse.BooleanOptionalAction, default=True, help="refine by a velocity"
+    )
     parser.add_argument("--window", type=int, default=9, help="of the refinement's LNCC")
     parser.add_argument("--weight", type=float, help="of the refinement's regulariser")
     parser.add_argument("--output", type=Path, required=True)

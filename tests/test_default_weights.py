@@ -19,7 +19,7 @@ from dilformer_jax import api, cli, evaluate, learn2reg, register
 from dilformer_jax.data.phantoms import phantom
 from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import BadInput
-from dilformer_jax.registration import predictor
+from dilformer_jax.registration import methods, predictor
 from dilformer_jax.registration.refine import Refinement
 
 SHIPPED = Path(dilformer_jax.__file__).parent / "weights"
@@ -144,12 +144,13 @@ def test_how_many_steps_follow(
         options = register._parser().parse_args(["--output", "o", *map(str, more)])
         return register._how(options, "")
 
-    by_default = Refinement(steps) if steps else None
+    by_default = Refinement(steps, True) if steps else None
     for options, network, refinement in (
         ((), "default", by_default),
         (("--weights", "default"), "default", by_default),
         (("--refine", "0"), "default", None),
-        (("--refine", "7"), "default", Refinement(7)),
+        (("--refine", "7"), "default", Refinement(7, True)),
+        (("--refine", "7", "--no-diffeomorphic"), "default", Refinement(7)),
         (("--weights", inputs / "weights"), str(inputs / "weights"), None),
         (("--weights", "none"), None, Refinement(50)),
         (("--weights", "none", "--refine", "7"), None, Refinement(7)),
@@ -157,7 +158,7 @@ def test_how_many_steps_follow(
         assert (how(*options).settings["network"], how(*options).refinement) == (network, refinement), options
     assert api.network("default", None)[1] == steps and api.network(inputs / "weights", None)[1] == 0
     if steps:
-        assert how("--diffeomorphic").refinement == Refinement(steps, True)
+        assert how("--no-diffeomorphic").refinement == Refinement(steps)
     else:
         images = ("--fixed", inputs / "fixed.nii.gz", "--moving", inputs / "moving.nii.gz", "--output", tmp_path / "o")
         said = refused(capsys, register.main, *images, "--diffeomorphic")
@@ -170,6 +171,8 @@ def test_python_takes_them_or_none(inputs: Path) -> None:
         assert api.network(none, None) == (None, 50)
     found = dilformer_jax.register(*images, weights=None, refine=1, affine="none")
     assert found.how.predictor is None and found.how.refinement == Refinement(1)
+    behind = dilformer_jax.register(*images, weights=inputs / "weights", refine=1, affine="none")
+    assert behind.how.refinement == Refinement(1, True)
     for keywords, sentence in (
         ({"weights": None, "refine": 0}, "refine is 0; give 1 or more steps"),
         ({"weights": inputs / "weights", "refine": -1}, "refine is -1; give 0 or more steps"),
@@ -195,6 +198,25 @@ def test_evaluation_takes_them_by_name(inputs: Path, tmp_path: Path, monkeypatch
     evaluate.main(["evaluate", *map(str, ("--weights", "default", *pairs))])
     assert json.loads((tmp_path / "scores" / "results.json").read_text())["method"] == "default"
     assert record(tmp_path / "scores")["parameters_sha256"] == bundle.describe("default")["sha256"]
+
+
+@pytest.mark.parametrize("how", [["--method", "identity"], ["--weights", "default"]], ids=" ".join)
+def test_scores_are_of_what_registering_would_find(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, how: list[str]
+) -> None:
+    """Refined behind a network by a velocity, without one by a displacement."""
+    refinements = []
+
+    def chosen(name, weights, workdir, refinement, *_):
+        refinements.append(refinement)
+        raise BadInput("that is all.")
+
+    monkeypatch.setattr(methods, "chosen", chosen)
+    with pytest.raises(BadInput, match="that is all"):
+        learn2reg._method(learn2reg._parser().parse_args(["--dataset", "x.json", *how, "--refine", "3"]))
+    table = pairs_file(inputs, tmp_path / "pairs.csv", ("fixed", "moving", "labels", "moving_labels"))
+    assert "that is all" in refused(capsys, evaluate.main, *how, "--refine", "3", "--pairs", table)
+    assert refinements == [Refinement(3, how[0] == "--weights")] * 2
 
 
 def test_only_one_network_is_named(inputs: Path, tmp_path: Path, capsys) -> None:

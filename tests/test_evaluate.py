@@ -31,6 +31,7 @@ PAIRS = (
         (["--method", "identity", "--pairs", "data/mine.csv"], "evaluation-identity-mine"),
         (["--workdir", "run", "--refine", "50"], "evaluation-refine50"),
         (["--workdir", "run", "--smoothness", "2", "--refine", "9"], "evaluation-smoothness2-refine9"),
+        (["--workdir", "run", "--refine", "9", "--no-diffeomorphic"], "evaluation-refine9-displacement"),
         (["--method", "identity", "--refine", "9", "--diffeomorphic"], "evaluation-identity-refine9-diffeomorphic"),
     ],
 )

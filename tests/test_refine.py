@@ -254,20 +254,23 @@ def test_a_method_says_that_it_is_refined(brain):
 
 
 @pytest.mark.parametrize(
-    ("said", "how"),
+    ("said", "network", "how"),
     [
-        ("", None),
-        ("--refine 9", Refinement(9)),
-        ("--refine 9 --diffeomorphic --similarity mind", Refinement(9, True, "mind")),
-        ("--refine 9 --similarity nmi --regulariser bending", Refinement(9, False, "nmi", "bending")),
-        ("--similarity mind", "--similarity says how to refine; give --refine N with it"),
-        ("--refine 9 --regulariser tv", "invalid choice: 'tv'"),
+        ("", True, None),
+        ("--refine 9", False, Refinement(9)),
+        ("--refine 9", True, Refinement(9, True)),
+        ("--refine 9 --no-diffeomorphic", True, Refinement(9)),
+        ("--refine 9 --diffeomorphic --similarity mind", False, Refinement(9, True, "mind")),
+        ("--refine 9 --similarity nmi --regulariser bending", False, Refinement(9, False, "nmi", "bending")),
+        ("--similarity mind", True, "--similarity says how to refine; give --refine N with it"),
+        ("--no-diffeomorphic", True, "--no-diffeomorphic says how to refine; give --refine N with it"),
+        ("--refine 9 --regulariser tv", True, "invalid choice: 'tv'"),
     ],
 )
-def test_the_command_line_says_how(said, how):
+def test_the_command_line_says_how(said, network, how):
     parser = cli.Arguments(prog="register")
     cli.add_refinement(parser, "50")
-    read = lambda: cli.refinement(parser.parse_args(said.split()))
+    read = lambda: cli.refinement(parser.parse_args(said.split()), network=network)
     if isinstance(how, str):
         with pytest.raises(BadInput, match=how):
             read()

@@ -199,7 +199,7 @@ def test_refinement_alone_registers_without_a_network(inputs: Path, tmp_path: Pa
 
 def test_a_network_is_refined(inputs: Path, tmp_path: Path, capsys):
     run_register(inputs, tmp_path / "plain")
-    run_register(inputs, tmp_path / "refined", "--refine", "4", "--diffeomorphic")
+    run_register(inputs, tmp_path / "refined", "--refine", "4")
     plain, refined = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("plain", "refined"))
     assert plain["settings"]["refinement"] is None
     assert refined["settings"]["network"] == plain["settings"]["network"]

@@ -74,6 +74,12 @@ class Refinement:
     window: int = 9
     rate: float = 0.2
 
+    @classmethod
+    def usual(cls, steps: int, *, network: bool, **given: Any) -> "Refinement":
+        """What is not given is chosen for refining behind a network, by a velocity, or without one, by a displacement:
+        behind a network a velocity gains as much and hardly folds (experiments/results/refinement.md)."""
+        return cls(steps, **{"diffeomorphic": network, **given})
+
     def __post_init__(self) -> None:
         if self.similarity not in SIMILARITIES or self.regulariser not in REGULARISERS:
             raise ValueError(
