@@ -2,11 +2,11 @@
 
     python experiments/contrasts.py --workdir RUN (or --weights FILE) --data DIR --name ixi_2mm --pairs 12 --output FILE
 
-Each pair goes through `registration.pipeline.register` without an affine alignment, that is, by way of the grid that
-the weights were trained on, and is scored at the resolution of its labels. The other contrast is a random curve through
-the T1 intensities by which fluid, grey and white matter get levels that neither rise nor fall from one to the next; the
-seed is the pair's number. Ordered pairs, drawn (by seed 0) from all that the folder's subjects make; of lpba40, from
-those of the validation split.
+Each pair goes through `registration.pipeline.register`, without an affine alignment unless asked for, that is, by way
+of the grid that the weights were trained on, and is scored at the resolution of its labels. The other contrast is a
+random curve through the T1 intensities by which fluid, grey and white matter get levels that neither rise nor fall from
+one to the next; the seed is the pair's number. Ordered pairs, drawn (by seed 0) from all that the folder's subjects
+make; of lpba40, from those of the validation split.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--window", type=int, default=9, help="of the refinement's LNCC")
     parser.add_argument("--weight", type=float, help="of the refinement's regulariser")
+    parser.add_argument("--affine", choices=("none", "auto"), default="none", help="aligned affinely first, or not")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
@@ -85,7 +86,7 @@ def main() -> None:
         kinds = (("t1", moving), ("other", other))[: 1 if options.refine else 2]
         for kind, image in kinds:
             start = time.perf_counter()
-            found = register(fixed, image, predictor, fixed_labels, moving_labels, how, affine="none")
+            found = register(fixed, image, predictor, fixed_labels, moving_labels, how, affine=options.affine)
             assert found.moved_labels is not None
             dice = overlap.dice(fixed_labels.array, found.moved_labels, ids, moving_labels.array)
             row |= {kind: float(np.nanmean(dice)), f"{kind}_folding_percent": found.metrics["folding_percent"]}
