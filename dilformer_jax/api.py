@@ -73,19 +73,17 @@ class Inputs:
         return tuple(note for volume in volumes if volume is not None for note in volume.notes)
 
 
-def network(weights: Path | str | None, workdir: Path | str | None) -> "tuple[Predictor | None, int]":
-    """The network, None where `weights` are None or 'none', and in how many steps its result is refined where nothing
-    is said of that. With a `workdir`, `weights` are to be left at 'default'. Raises BadInput where there is none."""
+def network(weights: Path | str | None, workdir: Path | str | None) -> "tuple[Predictor | None, str]":
+    """The network, None where `weights` are None or 'none', and the preset of refinement where none is asked for. With a `workdir`, `weights` are to be left at 'default'. Raises BadInput where there is none."""
     from dilformer_jax.registration.predictor import AFTER_DEFAULT, load_predictor
-    from dilformer_jax.registration.refine import Refinement
 
     if workdir is not None:
         if weights != bundle.DEFAULT:
             raise BadInput(f"The network is that of weights {weights} or of workdir {workdir}; give one of them.")
-        return load_predictor(workdir=workdir), 0
+        return load_predictor(workdir=workdir), "fast"
     if weights is None or weights == bundle.NONE:
-        return None, Refinement.steps
-    return load_predictor(weights), AFTER_DEFAULT if weights == bundle.DEFAULT else 0
+        return None, "default"
+    return load_predictor(weights), AFTER_DEFAULT if weights == bundle.DEFAULT else "fast"
 
 
 def read(how: How, images: Sequence[Any], labels: Sequence[Any], masks: Sequence[Any]) -> Inputs:
@@ -206,6 +204,7 @@ def registered(
     workdir: Path | str | None = None,
     affine: "str | Path | np.ndarray" = "auto",
     smoothness: float | None = None,
+    preset: str | None = None,
     refine: int | None = None,
     fixed_labels: "Path | str | Image | None" = None,
     moving_labels: "Path | str | Image | None" = None,
@@ -216,28 +215,25 @@ def registered(
 ) -> Registration:
     """Registers a moving image to a fixed one, both of any shape, spacing and orientation: paths or nibabel images.
 
-    By the network that ships, or that of other `weights` (a bundle) or of a `workdir` (a training run), with `refine`
-    steps of refinement behind it; with `weights` None by refinement alone, 50 steps unless `refine` says otherwise.
+    By the network that ships, or that of other `weights` (a bundle) or of a `workdir` (a training run), and refinement
+    behind it; with `weights` None by refinement alone. `preset` is 'fast', the network alone, 'default' or 'best';
+    unless given, 'default' with the weights that ship or with none, and 'fast' with others. `refine` replaces the
+    preset's steps at the finest level.
     A network that was trained for several is asked for `smoothness`, its regulariser's weight times the usual one.
-    Further keywords are `Refinement`'s: `similarity`, `diffeomorphic` (behind a network, True unless said) ...
+    Further keywords are `Refinement`'s: `similarity`, `window`, `total_smoothing` ...
     `affine` is 'auto', 'search', 'none', a file or a matrix (4, 4) from fixed to moving RAS mm. Masks hide all but the
     brain. `reading` says how to read what headers leave open.
 
     Raises BadInput, in one sentence, for what the user can mend.
     """
-    from dilformer_jax.registration.refine import Refinement
+    from dilformer_jax.registration.refine import asked
 
     predictor, otherwise = network(weights, workdir)
     if predictor is not None:
         predictor = predictor.with_smoothness(smoothness)
     elif smoothness is not None:
         raise BadInput("smoothness is asked of a network; leave it out with weights=None.")
-    steps = otherwise if refine is None else refine
-    if steps < (predictor is None):
-        raise BadInput(f"refine is {steps}; give {int(predictor is None)} or more steps, 50 for example.")
-    if steps == 0 and refinement:
-        raise BadInput(f"{next(iter(refinement))} says how to refine; give refine=50, for example, with it.")
-    refining = Refinement.usual(steps, network=predictor is not None, **refinement) if steps else None
+    refining = asked(preset, refine, network=predictor is not None, otherwise=otherwise, **refinement)
     given = affine if isinstance(affine, str | Path) else np.asarray(affine).tolist()
     how = How(predictor, refining, given, reading=reading)
     inputs = read(how, (fixed, moving), (fixed_labels, moving_labels), (fixed_mask, moving_mask))

@@ -47,7 +47,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=METHODS,
-        help="doing nothing (with --refine, refinement alone), an affine map, or ANTs' SyN",
+        help="doing nothing (with --preset or --refine, refinement alone), an affine map, or ANTs' SyN",
     )
     parser.add_argument(
         "--syn-iterations", type=int, nargs="+", metavar="N", help="of SyN on its levels, coarse to fine (160 80 40)"
@@ -68,46 +68,36 @@ def add_smoothness(parser: argparse.ArgumentParser) -> None:
 
 def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:
     """The options of which `refinement` makes a Refinement."""
-    parser.add_argument("--refine", type=int, metavar="N", help=f"steps of instance optimisation ({default})")
     parser.add_argument(
-        "--diffeomorphic",
-        action=argparse.BooleanOptionalAction,
-        help="refine by a velocity, which does not fold (by default behind a network, and a displacement without)",
+        "--preset",
+        choices=("fast", "default", "best"),
+        help=f"how much to refine ({default}): fast is the network alone",
+    )
+    parser.add_argument(
+        "--refine", type=int, metavar="N", help="steps of instance optimisation at the finest level, for the preset's"
     )
     parser.add_argument(
         "--similarity",
-        choices=("lncc", "mind", "nmi"),
-        help="what refining makes alike: lncc (by default) for one contrast, mind or nmi for two",
+        choices=("auto", "lncc", "mind", "nmi"),
+        help="what refining makes alike: lncc for one contrast, mind or nmi for two; auto looks at the pair",
     )
-    parser.add_argument("--regulariser", choices=("diffusion", "bending"), help="what smooths (by default diffusion)")
 
 
-def refinement(options: argparse.Namespace, *, network: bool, otherwise: int = 0) -> "Refinement | None":
-    """How the command line wants a pair to be refined, behind a network or without one: in `otherwise` steps where it
-    does not say so, in none of them not at all, which cannot be where refinement alone registers.
+def refinement(
+    options: argparse.Namespace, *, network: bool, otherwise: str | None = None
+) -> "Refinement | None":
+    """How the command line wants a pair to be refined, behind a network or without one; by the preset `otherwise` where
+    it does not say so. Raises BadInput as `registration.refine.asked` does."""
+    from dilformer_jax.registration.refine import asked  # with JAX, for which --help need not wait
 
-    Raises BadInput for fewer than no steps, and for how without how much.
-    """
-    from dilformer_jax.registration.refine import Refinement  # with JAX, for which --help need not wait
-
-    steps = otherwise if options.refine is None else options.refine
-    how = {name: getattr(options, name) for name in ("diffeomorphic", "similarity", "regulariser")}
-    given = {name: value for name, value in how.items() if value is not None}
-    least = int(otherwise > 0 and not network)
-    if steps < least:
-        raise BadInput(f"--refine is {steps}; give {least} or more steps, 50 for example.")
-    if steps == 0:
-        for name, value in given.items():
-            said = f"no-{name}" if value is False else name
-            raise BadInput(f"--{said} says how to refine; give --refine N with it.")
-        return None
-    return Refinement.usual(steps, network=network, **given)
+    given = {} if options.similarity is None else {"similarity": options.similarity}
+    return asked(options.preset, options.refine, network=network, otherwise=otherwise, option="--{}".format, **given)
 
 
 def _network(text: str) -> str:
     if text == bundle.NONE:
         raise argparse.ArgumentTypeError(
-            "none is no network; leave it out and give --method identity (with --refine 50: refinement alone)"
+            "none is no network; leave it out and give --method identity (with --preset default: refinement alone)"
         )
     return text
 

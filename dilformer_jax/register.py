@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, command: str) -> None:
 
     for warning in told["warnings"]:
         print(f"Warning: {warning}")
-    print(outputs.method(told["settings"]))
+    print(outputs.method(told))
     print(outputs.summary(told["metrics"]), end="")
     print(f"\n{outputs.CONVENTION}\nWritten to {options.output}: {', '.join(told['outputs'])}")
     if told["metrics"]["folding_percent"] > options.max_folding:
@@ -98,7 +98,7 @@ def _parser() -> cli.Arguments:
         help="alignment beforehand: found; found from all 24 turns; none, as the headers say; read from a file",
     )
     cli.add_smoothness(parser)
-    cli.add_refinement(parser, "without a network 50; 0: the network alone")
+    cli.add_refinement(parser, "default with the weights that ship or with none, fast with others")
     parser.add_argument("--fixed-labels", type=Path, help="label map of the fixed image, to measure Dice by")
     parser.add_argument("--moving-labels", type=Path, help="label map of the moving image, warped too")
     parser.add_argument("--fixed-mask", type=Path, help="where the fixed image's brain is; nothing else is looked at")
@@ -123,12 +123,12 @@ def _parser() -> cli.Arguments:
 
 
 def _how(options: argparse.Namespace, command: str) -> How:
-    predictor, steps = network(bundle.DEFAULT if options.weights is None else options.weights, options.workdir)
+    predictor, otherwise = network(bundle.DEFAULT if options.weights is None else options.weights, options.workdir)
     if predictor is not None:
         predictor = predictor.with_smoothness(options.smoothness)
     elif options.smoothness is not None:
         raise BadInput("--smoothness is asked of a network; leave it out with --weights none.")
-    refinement = cli.refinement(options, network=predictor is not None, otherwise=steps)
+    refinement = cli.refinement(options, network=predictor is not None, otherwise=otherwise)
     known = options.affine in ("auto", "search", "none")
     if not known and not Path(options.affine).is_file():
         raise BadInput(f"--affine {options.affine} is no file; give auto, search, none or a file with an affine.")

@@ -1,7 +1,7 @@
 """What is scored: doing nothing, an affine map, SyN, a network, refinement, each as one function of two images."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,19 @@ def refined(method: Method, predictor: Predictor | None, refinement: Refinement)
     def displacement(fixed: Volume, moving: Volume) -> Displacement:
         arrays, names = (fixed.array, moving.array), (fixed.path, moving.path)
         initial = None if predictor is None else predictor.displacement(*arrays, names)
-        return refine.refine(*arrays, refinement, initial, names, spacing(fixed.affine)).displacement
+        return refine.refine(*arrays, refinement, initial, names, spacing(fixed.affine))
 
     def compile_both(shape: tuple[int, ...], name: Path | str) -> None:
         method.compile(shape, name)
         refine.check_shape(shape, name)
-        refine.compiled(shape, refinement, predictor is not None)
+        likely = replace(refinement, similarity="lncc") if refinement.similarity == "auto" else refinement
+        refine.compiled(shape, likely, predictor is not None)
 
     def check_both(shape: tuple[int, ...], name: Path | str) -> None:
         method.check_shape(shape, name)
         refine.check_shape(shape, name)
 
-    kind = "a velocity" if refinement.diffeomorphic else "a displacement"
-    name = f"{method.name}, {refinement.steps} steps of refinement of {kind}"
+    name = f"{method.name}, {refinement.steps} steps of refinement"
     settings = {**method.settings, "refinement": asdict(refinement)}
     return Method(name, displacement, compile_both, check_both, settings, method.sha256, method.parameters)
 

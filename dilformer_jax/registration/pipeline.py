@@ -42,7 +42,8 @@ class Registration:
     """What `register` found, moved(x) = moving(T(x)), T being `affine` after the deformation.
 
     `displacement` and `inverse` (D, H, W, 3) are the deformation and its inverse, in voxels of `grid`; `affine` takes
-    the fixed image's RAS mm to the moving image's, and `alignment` says how it was found. `images` are what was
+    the fixed image's RAS mm to the moving image's, and `alignment` says how it was found; `refinement` names the similarity
+    that was taken. `images` are what was
     registered, on `grid`: fixed, moving (by the headers alone), aligned (by the affine) and moved. `moved` and
     `moved_labels` lie on the fixed image's own grid.
 
@@ -59,6 +60,7 @@ class Registration:
     moving: Volume
     affine: Matrix
     alignment: Alignment | None
+    refinement: Refinement | None
     grid: Grid
     images: Mapping[str, Image]
     displacement: Displacement
@@ -133,24 +135,28 @@ def register(
     names = fixed.path, moving.path
     with _clock(seconds, "compilation"):
         if predictor is not None:
-            predictor.compile(grid.shape, fixed.path, predictor.knows_inverse)
+            predictor.compile(grid.shape, fixed.path, refinement is None and predictor.knows_inverse)
         if refinement is not None:
             refine.check_shape(grid.shape, fixed.path)
-            known = predictor is not None and predictor.knows_inverse and refinement.diffeomorphic
-            refine.compiled(grid.shape, refinement, predictor is not None, known)
     with _clock(seconds, "displacement"):
-        u, v = (None, None) if predictor is None else predictor.both_ways(still, other, names)
-        if refinement is not None:
-            back = v if refinement.diffeomorphic else None
-            refined = refine.refine(still, other, refinement, u, names, spacing(grid.affine), back)
-            u, v = refined.displacement, refined.inverse
-        assert u is not None
+        u, v = None, None
+        if predictor is not None and refinement is None:
+            u, v = predictor.both_ways(still, other, names)
+        elif predictor is not None:
+            u = predictor.displacement(still, other, names)
+    if refinement is not None:
+        with _clock(seconds, "refinement compilation"):
+            refinement = refine.settled(refinement, still, other, names, u)
+            refine.compiled(grid.shape, refinement, u is not None)
+        with _clock(seconds, "refinement"):
+            u = refine.refine(still, other, refinement, u, names, spacing(grid.affine))
+    assert u is not None
     with _clock(seconds, "inverse"):
         v = np.asarray(_inverse(u, v))
         residual, inside = (np.asarray(x) for x in _residual(u, v))
     images = {"fixed": still, "aligned": other, "moved": warp_image(other, u)}
     images["moving"] = grids.on_grid(seen_moving, grid, np.eye(4))
-    found = Registration(fixed, moving, matrix, alignment, grid, images, u, v, still, None, {}, ())
+    found = Registration(fixed, moving, matrix, alignment, refinement, grid, images, u, v, still, None, {}, ())
     place = fixed.array.shape, fixed.affine
     with _clock(seconds, "warps"):
         moved = warped(moving, found.transform, *place, outside=background(moving))

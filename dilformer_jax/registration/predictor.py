@@ -21,7 +21,7 @@ from dilformer_jax.ops import spatial
 Image = Float32[np.ndarray, "_ _ _"]
 Displacement = Float32[np.ndarray, "_ _ _ 3"]
 SMALLEST = 2  # voxels along each axis at the deepest level of a network
-AFTER_DEFAULT = 0  # steps of refinement that follow the default network where nothing is said of them
+AFTER_DEFAULT = "default"  # the preset of refinement that follows the network that ships
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,50 +1,53 @@
-"""Instance optimisation: the displacement of one pair, found or improved by descent on its own similarity.
+"""Instance optimisation: the displacement of one pair, found or improved on the pair's own images.
 
-Coarse to fine from nothing, which is a classical registration by itself, or at the finest level from the displacement
-of a network. What is descended is dissimilarity + weight · roughness of what is sought, by Adam: behind a network, of
-what is added to its displacement, which stands for what training has taught of likely deformations. To weigh the
-roughness of the whole would undo that (experiments/results/refinement.md).
+A greedy compositive scheme, as in greedy (Yushkevich et al. 2016) and FireANTs (Jena et al. 2024), on an image pyramid:
 
-A velocity v, of which the displacement is exp(v), takes the gradient of the displacement for its own, and it is v whose
-roughness is weighed: as in the log-domain demons of Vercauteren et al. (MICCAI 2008), an update of the displacement is
-added to the velocity. Against the gradient through scaling and squaring it takes a sixth of the time and finds as much.
+    force         how the similarity changes with the displacement of each voxel
+    update        Adam's step along the smoothed force, one step length for each voxel's vector
+    displacement  u <- smooth(u(x + update(x)) + update(x))
+
+Smoothing the force makes the deformation fluid, smoothing the displacement elastic. Adam's step is damped: where a
+force is far below `DAMPING`, the voxel moves by less than the rate. Without damping, noise in regions without edges
+moves voxels as far as edges do (experiments/results/refinement.md).
+
+From nothing the descent starts at the coarsest level; behind a network, a few levels above the finest.
 """
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax  # type: ignore[import-untyped]
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from dilformer_jax.data.preprocessing import by
 from dilformer_jax.io.volumes import BadInput, normalise
-from dilformer_jax.ops import information, regularisers, similarities, spatial
+from dilformer_jax.ops import information, similarities, smoothing, spatial
+from dilformer_jax.registration import contrasts
 
 Image = Float32[np.ndarray, "_ _ _"]
 Displacement = Float32[np.ndarray, "_ _ _ 3"]
+Volume = Float[Array, "d h w 1"]
+Field = Float[Array, "d h w 3"]
+
 SMALLEST = 8  # voxels along each axis of the coarsest level
-LARGEST = 2**21  # voxels of the finest level: of larger images it is half their resolution, or a quarter
+LARGEST = 2**24  # voxels of the finest level: of larger images it is half their resolution, or a quarter
 LEVELS = 4
-SLOPE = 1e-2  # of a voxel's part of the objective: below it Adam makes no whole steps of what is mostly rounding
-INTEGRATION = 4  # squarings of a velocity during the descent; at its end there are more
-# Of the regulariser, chosen on two pairs of LPBA40 (experiments/results/refinement.md).
-WEIGHTS = {
-    ("lncc", "diffusion"): 2.0,
-    ("lncc", "bending"): 1.0,
-    ("mind", "diffusion"): 0.3,
-    ("mind", "bending"): 0.1,
-    ("nmi", "diffusion"): 10.0,
-    ("nmi", "bending"): 1.0,
-}
-SIMILARITIES, REGULARISERS = (tuple(dict.fromkeys(names)) for names in zip(*WEIGHTS, strict=True))
+LEVELS_BEHIND = 3  # behind a network, whose displacement is right at the coarser ones
+MORE = 4  # times as many steps at each coarser level,
+MOST = 100  # but no more than these, or than at the finest level
+# The force on a voxel, in the units of its similarity summed over the volume, at which its update is half of the rate.
+DAMPING = {"lncc": 0.03, "mind": 0.01, "nmi": 0.03}
+COARSE_SMOOTHING = 1.0
+SIMILARITIES = ("auto", *DAMPING)
+MOMENTUM, SPREAD = 0.9, 0.99  # Adam's decay of the mean force and of its square
+CHECKED = 10  # steps, between two tests of convergence
 
 
 @dataclass(frozen=True)
@@ -52,57 +55,88 @@ class Refinement:
     """How a pair is refined.
 
     Attributes:
-      steps: descent steps at the finest level; from nothing, each coarser level takes twice as many as the next.
-      diffeomorphic: whether a stationary velocity is sought, which is integrated, instead of a displacement; where the
-        pair comes with a displacement, what is integrated comes before it.
+      steps: at the finest level; each coarser level takes `MORE` times as many, up to `MOST`.
       similarity: 'lncc', for images of one contrast; 'mind', by self-similarity, or 'nmi', normalised mutual
-        information, for images of two.
-      regulariser: 'diffusion' or 'bending' (`ops.regularisers`), which leaves affine deformations free.
-      weight: of the regulariser; by default that of `WEIGHTS`.
+        information, for images of two; 'auto' takes lncc or mind, as `contrasts.one_contrast` finds the pair.
       window: LNCC's, in voxels of the level.
-      rate: Adam's, in voxels of the level.
+      rate: the length of an update, in voxels of the level.
+      update_smoothing: standard deviation of the Gaussian that smooths the force, in voxels of the level.
+      total_smoothing: that of the displacement, after every step.
+      finest: the finest level, in halvings of the images: 0 is their full resolution.
+      tolerance: a level ends early when `CHECKED` steps raise the similarity by less than this part of it.
 
     Raises:
-      ValueError: steps below 0, an unknown similarity or regulariser, a window, weight or rate that cannot be.
+      ValueError: an unknown similarity, or a number that cannot be.
     """
 
-    steps: int = 50
-    diffeomorphic: bool = False
-    similarity: str = "lncc"
-    regulariser: str = "diffusion"
-    weight: float | None = None
-    window: int = 9
-    rate: float = 0.2
-
-    @classmethod
-    def usual(cls, steps: int, *, network: bool, **given: Any) -> "Refinement":
-        """What is not given is chosen for refining behind a network, by a velocity, or without one, by a displacement:
-        behind a network a velocity gains as much and hardly folds (experiments/results/refinement.md)."""
-        return cls(steps, **{"diffeomorphic": network, **given})
+    steps: int = 10
+    similarity: str = "auto"
+    window: int = 7
+    rate: float = 0.5
+    update_smoothing: float = 0.7
+    total_smoothing: float = 0.5
+    finest: int = 0
+    tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.similarity not in SIMILARITIES or self.regulariser not in REGULARISERS:
-            raise ValueError(
-                f"A refinement is by one of {SIMILARITIES} and one of {REGULARISERS}, "
-                f"got {self.similarity!r} and {self.regulariser!r}."
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(f"The similarity of a refinement is one of {SIMILARITIES}, not {self.similarity!r}.")
+        if self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"The window of a refinement has an odd number of voxels, got {self.window}.")
+        if not self.rate > 0:
+            raise ValueError(f"The rate of a refinement is above 0, got {self.rate}.")
+        for name in ("steps", "update_smoothing", "total_smoothing", "finest", "tolerance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"The {name} of a refinement is 0 or more, got {getattr(self, name)}.")
+
+
+# Measured in experiments/results/refinement.md: 'fast' is the network alone.
+PRESETS: Mapping[str, Refinement | None] = {
+    "fast": None,
+    "default": Refinement(),
+    "best": Refinement(steps=30, total_smoothing=0.45),
+}
+
+
+def asked(
+    preset: str | None,
+    steps: int | None,
+    *,
+    network: bool,
+    otherwise: str | None,
+    option: Callable[[str], str] = str,
+    **given: Any,
+) -> Refinement | None:
+    """The refinement that a user asks for, or None for the network alone.
+
+    A preset, or `otherwise` where neither preset nor steps are asked for (None: no refinement), in which `steps` and
+    what else is `given` replace the preset's own. `option` renders the name of an option for messages.
+
+    Raises:
+      BadInput: an unknown preset, options that exclude each other, a value that cannot be, or nothing to register by.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise BadInput(f"{option('preset')} is {preset!r}; give one of {', '.join(PRESETS)}.")
+    if steps is not None and steps < 0:
+        raise BadInput(f"{option('refine')} is {steps}; give 0 or more steps, 10 for example.")
+    chosen = preset or (otherwise if steps is None else "default")
+    how = None if chosen is None else PRESETS[chosen]
+    if preset is not None and steps is not None and (how is None) != (steps == 0):
+        meaning = "refines" if how else "is the network alone"
+        raise BadInput(f"{option('preset')} {preset} {meaning}, {option('refine')} {steps} says otherwise; give one.")
+    if how is None or steps == 0:
+        if given:
+            raise BadInput(
+                f"{option(next(iter(given)))} says how to refine; give {option('preset')} default with it, or "
+                f"{option('refine')} and a number of steps."
             )
-        if self.weight is None:
-            object.__setattr__(self, "weight", WEIGHTS[self.similarity, self.regulariser])
-        assert self.weight is not None
-        if self.steps < 0 or self.window < 1 or self.window % 2 == 0 or not self.weight >= 0 or not self.rate > 0:
-            raise ValueError(
-                "A refinement has 0 steps or more, an odd window, a weight that is not negative and a positive rate, "
-                f"got {self}."
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Refined:
-    """A pair's displacement and its inverse, in voxels on the grid of both; the inverse is None where it is not known
-    but by inverting the displacement."""
-
-    displacement: Displacement
-    inverse: Displacement | None
+        if not network and otherwise is not None:
+            raise BadInput("Without a network the refinement registers; ask for one step or more, or a network.")
+        return None
+    try:
+        return replace(how, **({} if steps is None else {"steps": steps}), **given)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{error}") from error
 
 
 def refine(
@@ -112,27 +146,44 @@ def refine(
     initial: Displacement | None = None,
     names: tuple[Any, Any] = ("fixed", "moving"),
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    initial_inverse: Displacement | None = None,
-) -> Refined:
-    """The displacement, in voxels, on the grid that both images share; intensities are as in their files, `spacing` is
-    that of the voxels along each axis.
+) -> Displacement:
+    """The displacement, in voxels, on the grid that both images share, found from nothing or from an `initial` one.
 
-    The diffeomorphic form has an inverse, exp(-v), and so has what it makes of an `initial` displacement whose
-    `initial_inverse` is given. Compiles once for each shape. Raises BadInput, saying which of `names` it is, for an
-    image that is too small or whose intensities cannot be scaled, and ValueError for shapes that differ and for an
-    inverse of nothing.
+    Intensities are as in their files; `spacing` is that of the voxels along each axis, in any unit. Compiles once for
+    each shape.
+
+    Raises:
+      BadInput: an image, one of `names`, is too small or its intensities cannot be scaled.
+      ValueError: the shapes differ.
     """
     if fixed.shape != moving.shape:
         raise ValueError(f"fixed is {fixed.shape} and moving {moving.shape}; both lie on one grid")
-    if initial is None and initial_inverse is not None:
-        raise ValueError("An initial_inverse is that of an initial displacement; give both.")
     check_shape(fixed.shape, names[0])
-    program = compiled(fixed.shape, how, initial is not None, initial_inverse is not None)
+    how = settled(how, fixed, moving, names, initial)
+    program = compiled(fixed.shape, how, initial is not None)
     images = [_prepared(image, name) for image, name in zip((fixed, moving), names, strict=True)]
-    # Of what shape a voxel is matters, not how large it is.
+    # The shape of a voxel matters, not its size.
     cube = np.array(spacing) / np.prod(spacing) ** (1 / 3)
-    given = [field for field in (initial, initial_inverse) if field is not None]
-    return Refined(*jax.tree.map(np.asarray, program(*images, cube.astype(np.float32), *given)))
+    given = [] if initial is None else [initial]
+    return np.asarray(program(*images, cube.astype(np.float32), *given))
+
+
+def settled(
+    how: Refinement,
+    fixed: Image,
+    moving: Image,
+    names: tuple[Any, Any] = ("fixed", "moving"),
+    initial: Displacement | None = None,
+) -> Refinement:
+    """`how`, with the similarity that fits the pair in place of 'auto'. Raises BadInput as `refine` does."""
+    if how.similarity != "auto":
+        return how
+    still, other = (_prepared(image, name) for image, name in zip((fixed, moving), names, strict=True))
+    if initial is not None:
+        other = np.asarray(_warp(other[..., None], initial)[..., 0])
+    # Every other voxel along each axis tells as much.
+    one = contrasts.one_contrast(still[::2, ::2, ::2], other[::2, ::2, ::2])
+    return replace(how, similarity="lncc" if one else "mind")
 
 
 def check_shape(shape: tuple[int, ...], name: Any) -> None:
@@ -144,105 +195,123 @@ def check_shape(shape: tuple[int, ...], name: Any) -> None:
         )
 
 
-def compiled(shape: tuple[int, ...], how: Refinement, from_initial: bool, from_inverse: bool = False) -> Any:
-    """The program for volumes of this shape: (fixed, moving, spacing) and, where it starts from one, a displacement
-    and, where that is known, its inverse."""
+def compiled(shape: tuple[int, ...], how: Refinement, from_initial: bool) -> Any:
+    """The program for volumes of this shape: (fixed, moving, spacing) and, where it starts from one, a displacement."""
     # The cache tells an argument left out from one that is given.
-    return _compiled(shape, how, from_initial, from_inverse)
+    return _compiled(shape, how, from_initial)
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(shape, how, from_initial, from_inverse):
-    finest, coarsest = levels(shape)
-    coarsest = finest if from_initial else coarsest
+def _compiled(shape, how, from_initial):
+    finest, coarsest = levels(shape, how.finest, LEVELS_BEHIND if from_initial else LEVELS)
     d, h, w = (-(-size // 2**coarsest) * 2**coarsest for size in shape)
 
-    def program(fixed, moving, spacing, *given):
+    def program(fixed, moving, spacing, initial=None):
         fixed, moving = (_padded(x[..., None], (d, h, w)) for x in (fixed, moving))
-        fields = found(fixed, moving, spacing, how, finest, coarsest, *(_padded(field, (d, h, w)) for field in given))
-        return jax.tree.map(lambda u: u[: shape[0], : shape[1], : shape[2]], fields)
+        start = None if initial is None else _padded(initial, (d, h, w))
+        return found(fixed, moving, spacing, how, finest, coarsest, start)[: shape[0], : shape[1], : shape[2]]
 
     cube, image = jax.ShapeDtypeStruct((3,), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)
-    fields = [jax.ShapeDtypeStruct((*shape, 3), jnp.float32)] * (from_initial + from_inverse)
-    return jax.jit(program).lower(image, image, cube, *fields).compile()
+    start = [jax.ShapeDtypeStruct((*shape, 3), jnp.float32)] * from_initial
+    return jax.jit(program).lower(image, image, cube, *start).compile()
 
 
-def levels(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The finest and the coarsest level, in halvings, for images of this shape."""
-    finest = 0
-    while math.prod(-(-size // 2**finest) for size in shape) > LARGEST and min(shape) >= SMALLEST * 2 ** (finest + 1):
+def levels(shape: tuple[int, ...], finest: int = 0, count: int = LEVELS) -> tuple[int, int]:
+    """The finest and the coarsest of up to `count` levels, in halvings, for images of this shape: `finest` or, of
+    volumes over `LARGEST`, a coarser one."""
+    large_enough = lambda level: min(shape) >= SMALLEST * 2**level
+    voxels = lambda level: math.prod(-(-size // 2**level) for size in shape)
+    while finest > 0 and not large_enough(finest):
+        finest -= 1
+    while voxels(finest) > LARGEST and large_enough(finest + 1):
         finest += 1
     coarsest = finest
-    while coarsest < finest + LEVELS - 1 and min(shape) >= SMALLEST * 2 ** (coarsest + 1):
+    while coarsest < finest + count - 1 and large_enough(coarsest + 1):
         coarsest += 1
     return finest, coarsest
 
 
 def found(
-    fixed: Float[Array, "d h w 1"],
-    moving: Float[Array, "d h w 1"],
+    fixed: Volume,
+    moving: Volume,
     spacing: Float[Array, "3"],
     how: Refinement,
     finest: int,
     coarsest: int,
-    initial: Float[Array, "d h w 3"] | None = None,
-    initial_inverse: Float[Array, "d h w 3"] | None = None,
-) -> tuple[Float[Array, "d h w 3"], Float[Array, "d h w 3"] | None]:
-    """The displacement, and its inverse where it is known, of two images of intensities around 0 to 1, whose axes are
-    halved `coarsest` times."""
-    pyramid = [(fixed, moving, initial)]
-    for _ in range(coarsest):
-        f, m, u = pyramid[-1]
-        pyramid.append((spatial.average(f), spatial.average(m), None if u is None else spatial.average(u) / 2))
-    x = jnp.zeros((*pyramid[coarsest][0].shape[:3], 3))
-    for level in range(coarsest, finest - 1, -1):
-        f, m, u = pyramid[level]
-        x = spatial.resize_displacement(x, f.shape[:3])
-        x = _descended(f, m, u, x, spacing, how, how.steps * 2 ** (level - finest))
-    enlarged = lambda x: spatial.resize_displacement(x, fixed.shape[:3])
-    if not how.diffeomorphic:
-        return _total(initial, enlarged(x), how), None
-    # A velocity is enlarged when it is integrated, which takes less time and is as smooth.
-    u = _total(initial, enlarged(spatial.integrate(x)), how)
-    if initial is not None and initial_inverse is None:
-        return u, None
-    back = enlarged(spatial.integrate(-x))
-    return u, back if initial_inverse is None else spatial.compose(back, initial_inverse)
+    initial: Field | None = None,
+) -> Field:
+    """The displacement of two images of intensities around 0 to 1, whose axes can be halved `coarsest` times.
 
-
-def _total(initial, x, how):
-    if initial is None:
-        return x
-    return spatial.compose(initial, x) if how.diffeomorphic else initial + x
-
-
-def _descended(fixed, moving, initial, x, spacing, how, steps):
-    """The displacement or velocity after so many steps, in a rolled loop."""
-    descent = optax.adam(how.rate, eps=SLOPE)
-    likeness = _likeness(fixed, moving, how)
-    roughness = regularisers.REGULARISERS[how.regulariser]
-
-    def objective(x):
-        # What a velocity moves has the gradient that a displacement would have.
-        u = x + lax.stop_gradient(spatial.integrate(x, INTEGRATION) - x) if how.diffeomorphic else x
-        return fixed.size * (how.weight * roughness(x, spacing) - likeness(_total(initial, u, how)))
-
-    def step(_, carried):
-        x, state = carried
-        updates, state = descent.update(jax.grad(objective)(x), state)
-        return optax.apply_updates(x, updates), state
-
-    return lax.fori_loop(0, steps, step, (x, descent.init(x)))[0]
-
-
-def _likeness(fixed, moving, how):
-    """How alike the images are, as a function of the displacement."""
+    `spacing` is that of the voxels along each axis, its product 1.
+    """
     if how.similarity == "lncc":
-        return lambda u: similarities.lncc(fixed, spatial.warp(moving, u), how.window)
+        fixed, moving = fixed - fixed.mean(), moving - moving.mean()
+    pyramid = [(fixed, moving)]
+    for _ in range(coarsest):
+        fixed, moving = (spatial.average(image) for image in pyramid[-1])
+        pyramid.append((fixed, moving))
+    u = jnp.zeros((*pyramid[coarsest][0].shape[:3], 3))
+    if initial is not None:
+        u = initial
+        for _ in range(coarsest):
+            u = spatial.average(u) / 2
+    for level in range(coarsest, finest - 1, -1):
+        fixed, moving = pyramid[level]
+        u = spatial.resize_displacement(u, fixed.shape[:3])
+        steps = min(how.steps * MORE ** (level - finest), max(how.steps, MOST))
+        u = _descended(fixed, moving, u, spacing, how, steps, COARSE_SMOOTHING if level > finest else how.update_smoothing)
+    return spatial.resize_displacement(u, pyramid[0][0].shape[:3])
+
+
+def _descended(fixed, moving, u, spacing, how, steps, update_smoothing):
+    """The displacement after so many steps or fewer, in a rolled loop."""
+    slope = _slope(fixed, how)
+    smoothed = lambda x, sigma: smoothing.gaussian(x, sigma / spacing, radius=smoothing.radius(sigma)) if sigma else x
+
+    def going(state):
+        step, (before, now) = state[0], state[-1]
+        converged = (step % CHECKED == 0) & (now - before < how.tolerance * jnp.abs(before))
+        return (step < steps) & ~((step >= 2 * CHECKED) & converged)
+
+    def better(state):
+        step, u, mean, square, (before, now) = state
+        moved = spatial.warp(moving, u)
+        change, likeness = slope(moved)
+        gradient = jnp.concatenate([jnp.gradient(moved, axis=axis) for axis in range(3)], -1)
+        force = smoothed(change * gradient, update_smoothing)
+        mean = MOMENTUM * mean + (1 - MOMENTUM) * force
+        square = SPREAD * square + (1 - SPREAD) * jnp.square(force).mean(-1, keepdims=True)
+        count = step + 1.0
+        spread = jnp.sqrt(square / (1 - SPREAD**count)) + DAMPING[how.similarity]
+        update = how.rate / (1 - MOMENTUM**count) * mean / spread
+        u = smoothed(spatial.compose(u, update), how.total_smoothing)
+        first = step % CHECKED == 0
+        seen = jnp.where(first, now, before), jnp.where(first, 0.0, now) + likeness
+        return step + 1, u, mean, square, seen
+
+    nothing = jnp.float32(0)
+    start = jnp.int32(0), u, jnp.zeros_like(u), jnp.zeros_like(u[..., :1]), (nothing, nothing)
+    return lax.while_loop(going, better, start)[1]
+
+
+def _slope(fixed: Volume, how: Refinement) -> Callable[[Volume], tuple[Volume, Array]]:
+    """How the similarity, summed over the volume, changes with each voxel of the moved image, and its mean."""
+    if how.similarity == "lncc":
+        return similarities.lncc_slope(fixed, how.window)
     if how.similarity == "nmi":
-        return lambda u: information.nmi(fixed.ravel(), spatial.warp(moving, u).ravel())
-    still, other = similarities.self_similarity(fixed), similarities.self_similarity(moving)
-    return lambda u: -similarities.mse(still, spatial.warp(other, u))
+        likeness = lambda moved: information.nmi(fixed.ravel(), moved.ravel())
+    else:
+        still = similarities.self_similarity(fixed)
+        likeness = lambda moved: -similarities.mse(still, similarities.self_similarity(moved))
+
+    def slope(moved):
+        value, change = jax.value_and_grad(likeness)(moved)
+        return fixed.size * change, value
+
+    return slope
+
+
+_warp = jax.jit(spatial.warp)
 
 
 def _padded(x, shape):

@@ -38,7 +38,7 @@ def measured() -> dict[str, Any]:
     """The two phantoms before and after: Dice (mean over the structures), Pearson's correlation, folding in percent of
     the voxels, and `displacement`, in voxels, at `points` (fixed voxels of the brain)."""
     (fixed, labels), (moving, moving_labels) = (phantom(seed, SHAPE) for seed in SEEDS)
-    u = refine.refine(fixed, moving, refine.Refinement(STEPS)).displacement
+    u = refine.refine(fixed, moving, refine.Refinement(STEPS, "lncc"))
     at = np.indices(SHAPE) + np.moveaxis(u, -1, 0)
     moved = ndimage.map_coordinates(moving, at, order=1, mode="nearest")
     moved_labels = ndimage.map_coordinates(moving_labels, at, order=0, mode="constant")

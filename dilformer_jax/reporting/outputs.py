@@ -72,6 +72,7 @@ def write(
         "affine": np.asarray(result.affine).tolist(),
         "grid": {"shape": list(result.grid.shape), "affine": result.grid.affine.tolist()},
         "convention": CONVENTION.replace("\n", " "),
+        "similarity": None if result.refinement is None else result.refinement.similarity,
         "warnings": [*result.warnings, *notes],
         "verdict": verdict(found),
         "metrics": result.metrics,
@@ -87,7 +88,7 @@ def write(
             told["warnings"],
             told["versions"],
             told.get("command", ""),
-            method(told["settings"]) if "settings" in told else "",
+            method(told) if "settings" in told else "",
         )
         title = f"{moving.path.name} to {fixed.path.name}"
         pair_report.write(folder / "report.html", title, pair, facts)
@@ -97,14 +98,16 @@ def write(
     return told
 
 
-def method(settings: Mapping[str, Any]) -> str:
-    """What registered, as a sentence, of settings as run.json has them: the network by its name and SHA-256."""
+def method(told: Mapping[str, Any]) -> str:
+    """What registered, as a sentence, of what run.json holds: the network by its name and SHA-256, and the refinement
+    by its steps and the similarity that was taken."""
+    settings = told["settings"]
     refinement = settings["refinement"]
-    steps = "" if refinement is None else f"{refinement['steps']} steps of refinement"
+    steps = "" if refinement is None else f"refinement by {told['similarity'].upper()}, {refinement['steps']} steps"
     if settings["network"] is None:
-        return f"No network: {steps}."
+        return f"No network: {steps} at the finest level."
     smooth = f", asked for smoothness {settings['smoothness']:g}" if settings.get("smoothness", 1) != 1 else ""
-    refined = f", then {steps}" if steps else ""
+    refined = f", then {steps} at the finest level" if steps else ""
     return f"Network: {settings['network']} (SHA-256 {settings['parameters_sha256']}){smooth}{refined}."
 
 
