@@ -34,6 +34,7 @@ AFFINES = ("auto", "search", "none")
 INVERSE_ITERATIONS = 30
 INVERSE_TOLERANCE = 1e-3  # voxels
 PROBED = 50_000  # points, to measure an inverse by
+UNREFINED = "the images show two contrasts; the network's displacement is left as it is, and not refined."
 UNCONVERGED = 0.1  # voxels: an inverse that is farther off is none
 
 
@@ -43,7 +44,7 @@ class Registration:
 
     `displacement` and `inverse` (D, H, W, 3) are the deformation and its inverse, in voxels of `grid`; `affine` takes
     the fixed image's RAS mm to the moving image's, and `alignment` says how it was found; `refinement` names the similarity
-    that was taken. `images` are what was
+    that was taken, and is None where nothing was refined. `images` are what was
     registered, on `grid`: fixed, moving (by the headers alone), aligned (by the affine) and moved. `moved` and
     `moved_labels` lie on the fixed image's own grid.
 
@@ -147,9 +148,13 @@ def register(
     if refinement is not None:
         with _clock(seconds, "refinement compilation"):
             refinement = refine.settled(refinement, still, other, names, u)
-            refine.compiled(grid.shape, refinement, u is not None)
+            if refinement is not None:
+                refine.compiled(grid.shape, refinement, u is not None)
+            else:
+                warnings.append(UNREFINED)
         with _clock(seconds, "refinement"):
-            u = refine.refine(still, other, refinement, u, names, spacing(grid.affine))
+            if refinement is not None:
+                u = refine.refine(still, other, refinement, u, names, spacing(grid.affine))
     assert u is not None
     with _clock(seconds, "inverse"):
         v = np.asarray(_inverse(u, v))

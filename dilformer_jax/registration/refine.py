@@ -44,7 +44,7 @@ MORE = 4  # times as many steps at each coarser level,
 MOST = 100  # but no more than these, or than at the finest level
 # The force on a voxel, in the units of its similarity summed over the volume, at which its update is half of the rate.
 DAMPING = {"lncc": 0.03, "mind": 0.01, "nmi": 0.03}
-COARSE_SMOOTHING = 1.0
+COARSE_SMOOTHING = 1.0  # voxels, of the force at coarser levels, or the finest level's where that is larger
 SIMILARITIES = ("auto", *DAMPING)
 MOMENTUM, SPREAD = 0.9, 0.99  # Adam's decay of the mean force and of its square
 CHECKED = 10  # steps, between two tests of convergence
@@ -57,10 +57,11 @@ class Refinement:
     Attributes:
       steps: at the finest level; each coarser level takes `MORE` times as many, up to `MOST`.
       similarity: 'lncc', for images of one contrast; 'mind', by self-similarity, or 'nmi', normalised mutual
-        information, for images of two; 'auto' takes lncc or mind, as `contrasts.one_contrast` finds the pair.
+        information, for images of two; 'auto' takes lncc where `contrasts.one_contrast` finds one contrast, else mind, or
+        leaves the displacement of a network as it is.
       window: LNCC's, in voxels of the level.
       rate: the length of an update, in voxels of the level.
-      update_smoothing: standard deviation of the Gaussian that smooths the force, in voxels of the level.
+      update_smoothing: standard deviation of the Gaussian that smooths the force at the finest level, in voxels.
       total_smoothing: that of the displacement, after every step.
       finest: the finest level, in halvings of the images: 0 is their full resolution.
       tolerance: a level ends early when `CHECKED` steps raise the similarity by less than this part of it.
@@ -159,7 +160,11 @@ def refine(
     if fixed.shape != moving.shape:
         raise ValueError(f"fixed is {fixed.shape} and moving {moving.shape}; both lie on one grid")
     check_shape(fixed.shape, names[0])
-    how = settled(how, fixed, moving, names, initial)
+    chosen = settled(how, fixed, moving, names, initial)
+    if chosen is None:
+        assert initial is not None
+        return initial
+    how = chosen
     program = compiled(fixed.shape, how, initial is not None)
     images = [_prepared(image, name) for image, name in zip((fixed, moving), names, strict=True)]
     # The shape of a voxel matters, not its size.
@@ -174,8 +179,13 @@ def settled(
     moving: Image,
     names: tuple[Any, Any] = ("fixed", "moving"),
     initial: Displacement | None = None,
-) -> Refinement:
-    """`how`, with the similarity that fits the pair in place of 'auto'. Raises BadInput as `refine` does."""
+) -> Refinement | None:
+    """`how`, with the similarity that fits the pair in place of 'auto'; None where an `initial` displacement is better
+    left as it is, because no similarity improves it.
+
+    Behind a network that was trained on contrasts of all kinds, neither MIND nor NMI gained anything on pairs of unlike
+    contrast (experiments/results/refinement.md). Raises BadInput as `refine` does.
+    """
     if how.similarity != "auto":
         return how
     still, other = (_prepared(image, name) for image, name in zip((fixed, moving), names, strict=True))
@@ -183,6 +193,8 @@ def settled(
         other = np.asarray(_warp(other[..., None], initial)[..., 0])
     # Every other voxel along each axis tells as much.
     one = contrasts.one_contrast(still[::2, ::2, ::2], other[::2, ::2, ::2])
+    if not one and initial is not None:
+        return None
     return replace(how, similarity="lncc" if one else "mind")
 
 
@@ -259,7 +271,8 @@ def found(
         fixed, moving = pyramid[level]
         u = spatial.resize_displacement(u, fixed.shape[:3])
         steps = min(how.steps * MORE ** (level - finest), max(how.steps, MOST))
-        u = _descended(fixed, moving, u, spacing, how, steps, COARSE_SMOOTHING if level > finest else how.update_smoothing)
+        smoothing_here = how.update_smoothing if level == finest else max(COARSE_SMOOTHING, how.update_smoothing)
+        u = _descended(fixed, moving, u, spacing, how, steps, smoothing_here)
     return spatial.resize_displacement(u, pyramid[0][0].shape[:3])
 
 

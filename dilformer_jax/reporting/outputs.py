@@ -101,13 +101,14 @@ def write(
 def method(told: Mapping[str, Any]) -> str:
     """What registered, as a sentence, of what run.json holds: the network by its name and SHA-256, and the refinement
     by its steps and the similarity that was taken."""
-    settings = told["settings"]
-    refinement = settings["refinement"]
-    steps = "" if refinement is None else f"refinement by {told['similarity'].upper()}, {refinement['steps']} steps"
+    settings, similarity = told["settings"], told["similarity"]
+    steps = ""
+    if similarity is not None:
+        steps = f"refinement by {similarity.upper()}, {settings['refinement']['steps']} steps at the finest level"
     if settings["network"] is None:
-        return f"No network: {steps} at the finest level."
+        return f"No network: {steps}."
     smooth = f", asked for smoothness {settings['smoothness']:g}" if settings.get("smoothness", 1) != 1 else ""
-    refined = f", then {steps} at the finest level" if steps else ""
+    refined = f", then {steps}" if steps else ""
     return f"Network: {settings['network']} (SHA-256 {settings['parameters_sha256']}){smooth}{refined}."
 
 
