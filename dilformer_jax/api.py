@@ -74,7 +74,10 @@ class Inputs:
 
 
 def network(weights: Path | str | None, workdir: Path | str | None) -> "tuple[Predictor | None, str]":
-    """The network, None where `weights` are None or 'none', and the preset of refinement where none is asked for. With a `workdir`, `weights` are to be left at 'default'. Raises BadInput where there is none."""
+    """The network, None where `weights` are None or 'none', and the preset of refinement where none is asked for.
+
+    With a `workdir`, `weights` are to be left at 'default'. Raises BadInput where there is no such network.
+    """
     from dilformer_jax.registration.predictor import AFTER_DEFAULT, load_predictor
 
     if workdir is not None:

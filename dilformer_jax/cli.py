@@ -83,9 +83,7 @@ def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def refinement(
-    options: argparse.Namespace, *, network: bool, otherwise: str | None = None
-) -> "Refinement | None":
+def refinement(options: argparse.Namespace, *, network: bool, otherwise: str | None = None) -> "Refinement | None":
     """How the command line wants a pair to be refined, behind a network or without one; by the preset `otherwise` where
     it does not say so. Raises BadInput as `registration.refine.asked` does."""
     from dilformer_jax.registration.refine import asked  # with JAX, for which --help need not wait

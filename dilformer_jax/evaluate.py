@@ -171,9 +171,9 @@ def _folder(options: argparse.Namespace) -> str:
     """Where results go that nobody has named a place for: two questions about one run do not overwrite each other."""
     pairs = options.pairs.stem if options.pairs else options.protocol
     refined = "" if options.refine is None else f"refine{options.refine}"
-    similarity = "" if options.similarity is None else options.similarity
     smoothed = "" if options.smoothness is None else f"smoothness{options.smoothness:g}"
-    return "-".join(part for part in ("evaluation", options.method, pairs, options.split, smoothed, options.preset, refined, similarity) if part)
+    asked = (options.method, pairs, options.split, smoothed, options.preset, refined, options.similarity)
+    return "-".join(["evaluation", *(part for part in asked if part)])
 
 
 def _millimetres(text: str) -> float:

@@ -20,7 +20,7 @@ from dilformer_jax.data.phantoms import phantom
 from dilformer_jax.io import bundle
 from dilformer_jax.io.volumes import BadInput
 from dilformer_jax.registration import methods, predictor
-from dilformer_jax.registration.refine import Refinement
+from dilformer_jax.registration.refine import PRESETS, Refinement
 
 SHIPPED = Path(dilformer_jax.__file__).parent / "weights"
 GRID = {"shape": [64, 80, 64], "spacing_mm": [2.5, 2.5, 2.5], "orientation": "LPS"}
@@ -109,7 +109,7 @@ def test_without_a_network_is_another_result(brains: list[str], registered: Path
     register.main(
         ["register", *brains, "--output", str(tmp_path), "--affine", "none", "--weights", "none", "--refine", "2"]
     )
-    assert "No network: 2 steps of refinement." in capsys.readouterr().out
+    assert "No network: refinement by LNCC, 2 steps at the finest level." in capsys.readouterr().out
     found = record(tmp_path)
     assert found["settings"]["network"] is found["settings"]["parameters_sha256"] is None
     assert found["grid"]["shape"] != GRID["shape"]
@@ -124,59 +124,69 @@ def test_the_report_and_what_is_printed_name_them(
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(bundle, "SHIPPED", inputs / "weights")
     images = [f"--{role}={inputs / f'{role}.nii.gz'}" for role in ("fixed", "moving")]
-    register.main(["register", *images, "--output", str(tmp_path), "--affine=none", "--refine=2", "--report"])
-    named = f"Network: default (SHA-256 {bundle.describe('default')['sha256']}), then 2 steps of refinement."
+    refined = "--refine=2", "--similarity=lncc"
+    register.main(["register", *images, "--output", str(tmp_path), "--affine=none", *refined, "--report"])
+    how = "refinement by LNCC, 2 steps at the finest level."
+    named = f"Network: default (SHA-256 {bundle.describe('default')['sha256']}), then {how}"
     page = (tmp_path / "report.html").read_text("utf-8")
     assert named in capsys.readouterr().out and named in page and "Structures on the images" not in page
     result = dilformer_jax.register(*(inputs / f"{role}.nii.gz" for role in ("fixed", "moving")), affine="none")
     assert record(result.save(tmp_path / "saved"))["settings"]["network"] == "default"
 
 
-@pytest.mark.parametrize("steps", [0, 50])
-def test_how_many_steps_follow(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, steps: int
+@pytest.mark.parametrize("preset", ["fast", "default"])
+def test_which_preset_follows(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, preset: str
 ) -> None:
-    """One constant says it, of the default network alone; --refine goes before it, and 0 is the network alone."""
+    """One constant says it, of the default network alone; --preset and --refine go before it."""
     monkeypatch.setattr(bundle, "SHIPPED", inputs / "weights")
-    monkeypatch.setattr(predictor, "AFTER_DEFAULT", steps)
+    monkeypatch.setattr(predictor, "AFTER_DEFAULT", preset)
 
     def how(*more: object) -> api.How:
         options = register._parser().parse_args(["--output", "o", *map(str, more)])
         return register._how(options, "")
 
-    by_default = Refinement(steps, True) if steps else None
+    by_default = PRESETS[preset]
     for options, network, refinement in (
         ((), "default", by_default),
         (("--weights", "default"), "default", by_default),
         (("--refine", "0"), "default", None),
-        (("--refine", "7"), "default", Refinement(7, True)),
-        (("--refine", "7", "--no-diffeomorphic"), "default", Refinement(7)),
+        (("--preset", "fast"), "default", None),
+        (("--preset", "best"), "default", PRESETS["best"]),
+        (("--refine", "7"), "default", Refinement(7)),
+        (("--refine", "7", "--similarity", "mind"), "default", Refinement(7, "mind")),
         (("--weights", inputs / "weights"), str(inputs / "weights"), None),
-        (("--weights", "none"), None, Refinement(50)),
+        (("--weights", "none"), None, Refinement()),
         (("--weights", "none", "--refine", "7"), None, Refinement(7)),
     ):
         assert (how(*options).settings["network"], how(*options).refinement) == (network, refinement), options
-    assert api.network("default", None)[1] == steps and api.network(inputs / "weights", None)[1] == 0
-    if steps:
-        assert how("--no-diffeomorphic").refinement == Refinement(steps)
+    assert api.network("default", None)[1] == preset and api.network(inputs / "weights", None)[1] == "fast"
+    if preset == "default":
+        assert how("--similarity", "nmi").refinement == Refinement(similarity="nmi")
     else:
         images = ("--fixed", inputs / "fixed.nii.gz", "--moving", inputs / "moving.nii.gz", "--output", tmp_path / "o")
-        said = refused(capsys, register.main, *images, "--diffeomorphic")
-        assert "--diffeomorphic says how to refine; give --refine N with it" in said
+        said = refused(capsys, register.main, *images, "--similarity", "mind")
+        assert "--similarity says how to refine; give --preset default with it" in said
 
 
 def test_python_takes_them_or_none(inputs: Path) -> None:
     images = inputs / "fixed.nii.gz", inputs / "moving.nii.gz"
     for none in (None, "none"):
-        assert api.network(none, None) == (None, 50)
+        assert api.network(none, None) == (None, "default")
     found = dilformer_jax.register(*images, weights=None, refine=1, affine="none")
     assert found.how.predictor is None and found.how.refinement == Refinement(1)
     behind = dilformer_jax.register(*images, weights=inputs / "weights", refine=1, affine="none")
-    assert behind.how.refinement == Refinement(1, True)
+    assert behind.how.refinement == Refinement(1)
     for keywords, sentence in (
-        ({"weights": None, "refine": 0}, "refine is 0; give 1 or more steps"),
+        ({"weights": None, "refine": 0}, "Without a network the refinement registers"),
         ({"weights": inputs / "weights", "refine": -1}, "refine is -1; give 0 or more steps"),
-        ({"weights": inputs / "weights", "similarity": "mind"}, "similarity says how to refine; give refine=50"),
+        (
+            {"weights": inputs / "weights", "similarity": "mind"},
+            "similarity says how to refine; give preset default with it",
+        ),
+        ({"weights": None, "preset": "slow"}, "preset is 'slow'; give one of fast, default, best"),
+        ({"weights": None, "windows": 5}, "unexpected keyword argument 'windows'"),
+        ({"weights": None, "window": 4}, "an odd number of voxels, got 4"),
         ({"weights": None, "workdir": inputs}, "weights None or of workdir .*; give one of them"),
         ({"weights": "none", "workdir": inputs}, "weights none or of workdir .*; give one of them"),
     ):
@@ -204,7 +214,7 @@ def test_evaluation_takes_them_by_name(inputs: Path, tmp_path: Path, monkeypatch
 def test_scores_are_of_what_registering_would_find(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, how: list[str]
 ) -> None:
-    """Refined behind a network by a velocity, without one by a displacement."""
+    """Refined alike behind a network and without one."""
     refinements = []
 
     def chosen(name, weights, workdir, refinement, *_):
@@ -216,7 +226,7 @@ def test_scores_are_of_what_registering_would_find(
         learn2reg._method(learn2reg._parser().parse_args(["--dataset", "x.json", *how, "--refine", "3"]))
     table = pairs_file(inputs, tmp_path / "pairs.csv", ("fixed", "moving", "labels", "moving_labels"))
     assert "that is all" in refused(capsys, evaluate.main, *how, "--refine", "3", "--pairs", table)
-    assert refinements == [Refinement(3, how[0] == "--weights")] * 2
+    assert refinements == [Refinement(3)] * 2
 
 
 def test_only_one_network_is_named(inputs: Path, tmp_path: Path, capsys) -> None:

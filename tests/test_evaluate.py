@@ -31,8 +31,8 @@ PAIRS = (
         (["--method", "identity", "--pairs", "data/mine.csv"], "evaluation-identity-mine"),
         (["--workdir", "run", "--refine", "50"], "evaluation-refine50"),
         (["--workdir", "run", "--smoothness", "2", "--refine", "9"], "evaluation-smoothness2-refine9"),
-        (["--workdir", "run", "--refine", "9", "--no-diffeomorphic"], "evaluation-refine9-displacement"),
-        (["--method", "identity", "--refine", "9", "--diffeomorphic"], "evaluation-identity-refine9-diffeomorphic"),
+        (["--workdir", "run", "--preset", "best", "--refine", "9"], "evaluation-best-refine9"),
+        (["--method", "identity", "--refine", "9", "--similarity", "nmi"], "evaluation-identity-refine9-nmi"),
     ],
 )
 def test_what_is_asked_of_a_run_does_not_overwrite_what_was_asked_before(asked: list[str], folder: str):

@@ -173,10 +173,7 @@ def test_storage_and_units_of_intensity_do_not_matter(brain):
 def test_the_size_of_the_world_does_not_matter_but_the_shape_of_voxels_does(brain):
     image, _ = brain
     fixed = pulled(image, bent(3.0))
-    found = [
-        refine.refine(fixed, image, QUICK, spacing=s)
-        for s in ((1.0, 1.0, 1.0), (1e3, 1e3, 1e3), (1.0, 1.0, 4.0))
-    ]
+    found = [refine.refine(fixed, image, QUICK, spacing=s) for s in ((1.0, 1.0, 1.0), (1e3, 1e3, 1e3), (1.0, 1.0, 4.0))]
     np.testing.assert_array_equal(found[0], found[1])
     assert np.abs(found[0] - found[2]).max() > 0.1
 
@@ -184,7 +181,9 @@ def test_the_size_of_the_world_does_not_matter_but_the_shape_of_voxels_does(brai
 def test_the_descent_is_one_rolled_loop():
     shapes = [jax.ShapeDtypeStruct((16, 16, 16, 1), jnp.float32)] * 2
     sizes = [
-        len(str(jax.make_jaxpr(lambda f, m, n=n: refine.found(f, m, jnp.ones(3), Refinement(n, "lncc"), 0, 0))(*shapes)))
+        len(
+            str(jax.make_jaxpr(lambda f, m, n=n: refine.found(f, m, jnp.ones(3), Refinement(n, "lncc"), 0, 0))(*shapes))
+        )
         for n in (3, 300)
     ]
     assert abs(sizes[0] - sizes[1]) < 20

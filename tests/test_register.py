@@ -143,12 +143,16 @@ def broken(tmp_path_factory, inputs: Path) -> Path:
         ({}, ("--affine", "lost.txt"), "--affine lost.txt is no file"),
         ({}, ("--affine", "words.txt"), "words.txt "),
         ({}, ("--workdir", "x"), "not allowed with argument --weights"),
-        ({}, ("--refine", "-1"), "--refine is -1; give 0 or more steps, 50 for example"),
+        ({}, ("--refine", "-1"), "--refine is -1; give 0 or more steps, 10 for example"),
         ({}, ("--refine", "many"), "argument --refine: invalid int value: 'many'"),
-        ({}, ("--diffeomorphic",), "--diffeomorphic says how to refine; give --refine N with it"),
-        ({"weights": None}, ("--refine", "0"), "--refine is 0; give 1 or more steps"),
+        ({}, ("--similarity", "nmi"), "--similarity says how to refine; give --preset default with it"),
+        ({"weights": None}, ("--refine", "0"), "Without a network the refinement registers"),
         ({"weights": None}, ("--workdir", "x"), "not allowed with argument --weights"),
-        ({}, ("--refine", "0", "--similarity", "mind"), "--similarity says how to refine; give --refine N with it"),
+        (
+            {},
+            ("--refine", "0", "--similarity", "mind"),
+            "--similarity says how to refine; give --preset default with it",
+        ),
         ({"moving": "giant"}, (), "do without a network .--weights none."),
         ({}, ("--pairs", "pairs.csv"), "give --fixed and --moving, or --pairs"),
         ({}, ("--shard", "2/3"), "--shard divides the pairs"),
@@ -190,7 +194,7 @@ def test_refinement_alone_registers_without_a_network(inputs: Path, tmp_path: Pa
     run_register(inputs, tmp_path / "alone", "--refine", "3", weights=None)
     record = json.loads((tmp_path / "alone" / "run.json").read_text())
     assert record["settings"]["network"] is record["settings"]["parameters_sha256"] is None
-    assert record["settings"]["refinement"]["steps"] == 3 and not record["settings"]["refinement"]["diffeomorphic"]
+    assert record["settings"]["refinement"]["steps"] == 3 and record["similarity"] in ("lncc", "mind")
     assert record["metrics"]["correlation"] > record["metrics"]["correlation_before"] + 0.01
     with pytest.raises(SystemExit) as stopped:
         run_register(inputs, tmp_path / "alone", "--refine", "3", "--max-folding", "-1", weights=None)
@@ -199,11 +203,11 @@ def test_refinement_alone_registers_without_a_network(inputs: Path, tmp_path: Pa
 
 def test_a_network_is_refined(inputs: Path, tmp_path: Path, capsys):
     run_register(inputs, tmp_path / "plain")
-    run_register(inputs, tmp_path / "refined", "--refine", "4")
+    run_register(inputs, tmp_path / "refined", "--refine", "4", "--similarity", "lncc")
     plain, refined = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("plain", "refined"))
     assert plain["settings"]["refinement"] is None
     assert refined["settings"]["network"] == plain["settings"]["network"]
-    assert refined["settings"]["refinement"]["diffeomorphic"]
+    assert plain["similarity"] is None and refined["similarity"] == "lncc"
     assert refined["metrics"]["correlation"] > plain["metrics"]["correlation"] + 0.02
 
 

@@ -39,6 +39,41 @@ def test_lncc_and_its_gradient_equal_a_loop(border):
             assert gradient[(*voxel, 0)] == pytest.approx(rise / 2e-5, abs=2e-5), voxel
 
 
+def test_the_slope_of_lncc_is_that_of_one_voxel_in_its_own_window():
+    """By a loop: how cross² / (variance · variance + epsilon) of the window around a voxel changes with the difference
+    of that voxel from the window's mean, for each of the window's voxels."""
+    fixed, noise = (x - x.mean() for x in (image(*SHAPE), image(*SHAPE, seed=1)))
+    moved = 0.5 * fixed + 0.5 * noise
+    change, mean = compiled(
+        lambda f, m: similarities.lncc_slope(f, 3, epsilon=0.01)(m), fixed[..., None], moved[..., None]
+    )
+    assert mean == pytest.approx(lncc_by_loop(fixed, moved, 3, "cut", 0.01), abs=1e-5)
+    for voxel in ((0, 0, 0), (3, 2, 1), (6, 5, 4), (2, 5, 2)):
+        window = tuple(slice(max(i - 1, 0), i + 2) for i in voxel)
+        f, m = (x[window] - x[window].mean() for x in (fixed, moved))
+        cross, by_f, by_m = (f * m).sum(), (f * f).sum(), (m * m).sum()
+        f, m = (x[voxel] - x[window].mean() for x in (fixed, moved))
+        product = by_f * by_m + 0.01
+        expected = 2 * cross / product * f - cross**2 / product**2 * by_f * 2 * m
+        expected *= fixed[window].size
+        assert change[(*voxel, 0)] == pytest.approx(expected, abs=1e-4), voxel
+
+
+def test_the_slope_of_lncc_points_where_the_exact_gradient_does():
+    fixed, noise = (ndimage.gaussian_filter(image(20, 20, 20, seed=s), 1.5) for s in (0, 1))
+    fixed, moved = ((x - x.mean()) / x.std() for x in (fixed, fixed + 0.5 * noise))
+    change, exact = compiled(
+        lambda f, m: (
+            similarities.lncc_slope(f, 5)(m)[0],
+            f.size * jax.grad(lambda m: similarities.lncc(f, m, 5))(m),
+        ),
+        fixed[..., None],
+        moved[..., None],
+    )
+    inner = (slice(4, -4),) * 3
+    assert np.corrcoef(change[inner].ravel(), exact[inner].ravel())[0, 1] > 0.8
+
+
 def test_lncc_is_one_of_an_image_with_itself_and_blind_to_scale_and_offset():
     fixed, moved = image(2, *SHAPE, 1), image(2, *SHAPE, 1, seed=1)
     alike = lambda f, m: similarities.lncc(f, m, 3)

@@ -239,13 +239,14 @@ def jacobian_determinant(u: Float[Array, "*b d h w 3"]) -> Float[Array, "*b d h 
     # Written out, component by component, it is one pass over the voxels: stacked to matrices, eight times slower.
     parts = [u[..., component : component + 1] for component in range(3)]
     (a, b, c), (d, e, f), (g, h, i) = (
-        [_difference(part, axis)[..., 0] + (component == row) for component, part in enumerate(parts)]
+        [difference(part, axis)[..., 0] + (component == row) for component, part in enumerate(parts)]
         for row, axis in enumerate((-4, -3, -2))
     )
     return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
 
 
-def _difference(x: Array, axis: int) -> Array:
+def difference(x: Float[Array, "*b d h w c"], axis: int) -> Float[Array, "*b d h w c"]:
+    """The derivative along one axis, counted from the last: central differences inside, one-sided at the faces."""
     if axis == slabs.DEPTH and slabs.current() is not None:
         wide = slabs.extended(x, 1, "border")
         place = (slabs.first_plane(x) + jnp.arange(x.shape[-4]))[:, None, None, None]

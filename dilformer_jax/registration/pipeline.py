@@ -43,10 +43,10 @@ class Registration:
     """What `register` found, moved(x) = moving(T(x)), T being `affine` after the deformation.
 
     `displacement` and `inverse` (D, H, W, 3) are the deformation and its inverse, in voxels of `grid`; `affine` takes
-    the fixed image's RAS mm to the moving image's, and `alignment` says how it was found; `refinement` names the similarity
-    that was taken, and is None where nothing was refined. `images` are what was
-    registered, on `grid`: fixed, moving (by the headers alone), aligned (by the affine) and moved. `moved` and
-    `moved_labels` lie on the fixed image's own grid.
+    the fixed image's RAS mm to the moving image's, and `alignment` says how it was found; `refinement`,
+    with the similarity that was taken, is None where nothing was refined. `images` are what was registered, on `grid`:
+    fixed, moving (by the headers alone), aligned (by the affine) and moved. `moved` and `moved_labels` lie on the fixed
+    image's own grid.
 
     Metrics: `folding_percent` and `sdlogj` of the deformation on its grid, as in ops/folding; `displacement_mean_mm`
     and `_p95_mm`; `inverse_mean_mm`, `_p99_mm` and `_max_mm`, how far from its start a point of what the fixed image

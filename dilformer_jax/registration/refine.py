@@ -43,7 +43,7 @@ LEVELS_BEHIND = 3  # behind a network, whose displacement is right at the coarse
 MORE = 4  # times as many steps at each coarser level,
 MOST = 100  # but no more than these, or than at the finest level
 # The force on a voxel, in the units of its similarity summed over the volume, at which its update is half of the rate.
-DAMPING = {"lncc": 0.03, "mind": 0.01, "nmi": 0.03}
+DAMPING = {"lncc": 0.06, "mind": 0.3, "nmi": 0.03}
 COARSE_SMOOTHING = 1.0  # voxels, of the force at coarser levels, or the finest level's where that is larger
 SIMILARITIES = ("auto", *DAMPING)
 MOMENTUM, SPREAD = 0.9, 0.99  # Adam's decay of the mean force and of its square
@@ -57,8 +57,8 @@ class Refinement:
     Attributes:
       steps: at the finest level; each coarser level takes `MORE` times as many, up to `MOST`.
       similarity: 'lncc', for images of one contrast; 'mind', by self-similarity, or 'nmi', normalised mutual
-        information, for images of two; 'auto' takes lncc where `contrasts.one_contrast` finds one contrast, else mind, or
-        leaves the displacement of a network as it is.
+        information, for images of two; 'auto': lncc where `contrasts.one_contrast` finds one contrast, elsewhere mind,
+        but a network's displacement is left as it is.
       window: LNCC's, in voxels of the level.
       rate: the length of an update, in voxels of the level.
       update_smoothing: standard deviation of the Gaussian that smooths the force at the finest level, in voxels.
@@ -70,7 +70,7 @@ class Refinement:
       ValueError: an unknown similarity, or a number that cannot be.
     """
 
-    steps: int = 10
+    steps: int = 5
     similarity: str = "auto"
     window: int = 7
     rate: float = 0.5
@@ -95,7 +95,7 @@ class Refinement:
 PRESETS: Mapping[str, Refinement | None] = {
     "fast": None,
     "default": Refinement(),
-    "best": Refinement(steps=30, total_smoothing=0.45),
+    "best": Refinement(steps=20),
 }
 
 
@@ -134,8 +134,9 @@ def asked(
         if not network and otherwise is not None:
             raise BadInput("Without a network the refinement registers; ask for one step or more, or a network.")
         return None
+    changes: dict[str, Any] = given if steps is None else {"steps": steps, **given}
     try:
-        return replace(how, **({} if steps is None else {"steps": steps}), **given)
+        return replace(how, **changes)
     except (TypeError, ValueError) as error:
         raise BadInput(f"{error}") from error
 
@@ -290,7 +291,7 @@ def _descended(fixed, moving, u, spacing, how, steps, update_smoothing):
         step, u, mean, square, (before, now) = state
         moved = spatial.warp(moving, u)
         change, likeness = slope(moved)
-        gradient = jnp.concatenate([jnp.gradient(moved, axis=axis) for axis in range(3)], -1)
+        gradient = jnp.concatenate([spatial.difference(moved, axis) for axis in (-4, -3, -2)], -1)
         force = smoothed(change * gradient, update_smoothing)
         mean = MOMENTUM * mean + (1 - MOMENTUM) * force
         square = SPREAD * square + (1 - SPREAD) * jnp.square(force).mean(-1, keepdims=True)
