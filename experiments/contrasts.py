@@ -24,7 +24,7 @@ from dilformer_jax.io.volumes import normalise, read_image, read_labels
 from dilformer_jax.ops import overlap
 from dilformer_jax.registration.pipeline import register
 from dilformer_jax.registration.predictor import load_predictor
-from dilformer_jax.registration.refine import Refinement
+from dilformer_jax.registration.refine import PRESETS
 
 # Where fluid, grey and white matter lie in a T1 image normalised by percentiles.
 LEVELS = (0.25, 0.55, 0.85)
@@ -59,22 +59,13 @@ def main() -> None:
     parser.add_argument("--name", choices=("ixi_2mm", "lpba40"), required=True)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--smoothness", type=float, help="of a network that was trained for several")
-    parser.add_argument("--refine", type=int, default=0, help="steps of refinement by LNCC, of the T1 pairs alone")
-    parser.add_argument(
-        "--diffeomorphic", action=argparse.BooleanOptionalAction, default=True, help="refine by a velocity"
-    )
-    parser.add_argument("--window", type=int, default=9, help="of the refinement's LNCC")
-    parser.add_argument("--weight", type=float, help="of the refinement's regulariser")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="fast", help="how much to refine")
     parser.add_argument("--affine", choices=("none", "auto"), default="none", help="aligned affinely first, or not")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
     predictor = load_predictor(options.weights, options.workdir).with_smoothness(options.smoothness)
     pairs, ids = pairs_of(options.name, options.data, options.pairs)
-    refining = Refinement(
-        options.refine, diffeomorphic=options.diffeomorphic, window=options.window, weight=options.weight
-    )
-    how = refining if options.refine else None
     rows = []
     for number, pair in enumerate(pairs):
         assert pair.fixed.labels is not None and pair.moving.labels is not None
@@ -83,9 +74,9 @@ def main() -> None:
         before = overlap.dice(fixed_labels.array, moving_labels.array, ids)
         row = {"name": pair.name, "before": float(np.nanmean(before))}
         other = dataclasses.replace(moving, array=recoloured(moving.array, number))
-        kinds = (("t1", moving), ("other", other))[: 1 if options.refine else 2]
-        for kind, image in kinds:
+        for kind, image in (("t1", moving), ("other", other)):
             start = time.perf_counter()
+            how = PRESETS[options.preset]
             found = register(fixed, image, predictor, fixed_labels, moving_labels, how, affine=options.affine)
             assert found.moved_labels is not None
             dice = overlap.dice(fixed_labels.array, found.moved_labels, ids, moving_labels.array)
