@@ -79,11 +79,11 @@ def by_ants(kind: str) -> Callable[[Volume, Volume], tuple[Transform, Transform,
             result = ants.registration(
                 *images, type_of_transform={"syn": "SyN", "syncc": "SyNCC"}[kind], outprefix=f"{folder}/"
             )
-            there, back = (syn.transform(result[name]) for name in ("fwdtransforms", "invtransforms"))
+            there = syn.transform(result["fwdtransforms"])
             grid = Grid(fixed.array.shape, fixed.affine)
             # ANTs' deformation comes first, on the fixed grid; its affine map neither folds nor matters to det > 0.
             fields = [step for step in there if not isinstance(step, np.ndarray)]
-            return there, back, in_voxels(tuple(fields), grid, grid)
+            return there, (), in_voxels(tuple(fields), grid, grid)
 
     return found
 
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--contrast", action="store_true", help="recolour the moving image")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["affine", "fast", "default"])
     parser.add_argument("--every", type=int, default=1, help="of these pairs only every so manieth")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.summary:
@@ -128,7 +129,7 @@ def main() -> None:
     pairs, ids = chosen_pairs(options.name, options.data)
     lines = options.output.read_text().splitlines() if options.output.exists() else []
     done = {(row["pair"], row["method"]) for row in map(json.loads, lines)}
-    for number, pair in list(enumerate(pairs))[:: options.every]:
+    for number, pair in list(enumerate(pairs))[options.first :: options.every]:
         todo = [method for method in options.methods if (pair.name, method) not in done]
         if not todo:
             continue
@@ -158,7 +159,9 @@ def main() -> None:
                 there, back, u = by_ants(method)(fixed[0], moving[0])
             before = (0.0, 0.0) if method in ("syn", "syncc") else aligning
             row |= {"wall_s": time.perf_counter() - wall + before[0], "cpu_s": _cpu() - cpu + before[1]}
-            row |= scored(fixed, moving, ids, there) | {"inverse_mm": inverse_error(fixed[0], there, back)}
+            row |= scored(fixed, moving, ids, there)
+            if method not in ("syn", "syncc"):
+                row["inverse_mm"] = inverse_error(fixed[0], there, back)
             if u is not None:
                 row |= {"folding_percent": folding.folding_percent(u), "ndv_percent": folding.ndv_percent(u)}
             row["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -7,8 +7,9 @@ Image = Float32[np.ndarray, "_ _ _"]
 BINS = 32
 BACKGROUND = 0.05  # of the scale from 0 to 1
 ENOUGH = 100  # voxels that both images show
-# From 0.78 for pairs of T1 images, at most 0.65 for pairs of unlike contrast (experiments/results/refinement.md).
-ONE_CONTRAST = 0.7
+# Pairs of T1 images have 0.78 and more after an affine alignment, 0.97 and more after a network's warp; pairs of unlike
+# contrast can have as much as 0.8 (experiments/results/refinement.md).
+ONE_CONTRAST, ONE_CONTRAST_WARPED = 0.75, 0.9
 
 
 def linear_share(fixed: Image, moving: Image) -> float:
@@ -28,9 +29,10 @@ def linear_share(fixed: Image, moving: Image) -> float:
     return float(r * abs(r) / told) if told > 0 else float("nan")
 
 
-def one_contrast(fixed: Image, moving: Image) -> bool:
-    """Whether LNCC fits the pair. Where it cannot be told, it does."""
-    return not linear_share(fixed, moving) < ONE_CONTRAST
+def one_contrast(fixed: Image, moving: Image, *, warped: bool = False) -> bool:
+    """Whether LNCC fits the pair, of which the moving image may be `warped` to the fixed one. Where it cannot be told,
+    it does."""
+    return not linear_share(fixed, moving) < (ONE_CONTRAST_WARPED if warped else ONE_CONTRAST)
 
 
 def _correlation_ratio(of, by):

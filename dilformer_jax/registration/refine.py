@@ -193,7 +193,7 @@ def settled(
     if initial is not None:
         other = np.asarray(_warp(other[..., None], initial)[..., 0])
     # Every other voxel along each axis tells as much.
-    one = contrasts.one_contrast(still[::2, ::2, ::2], other[::2, ::2, ::2])
+    one = contrasts.one_contrast(still[::2, ::2, ::2], other[::2, ::2, ::2], warped=initial is not None)
     if not one and initial is not None:
         return None
     return replace(how, similarity="lncc" if one else "mind")
