@@ -211,6 +211,21 @@ def test_a_network_is_refined(inputs: Path, tmp_path: Path, capsys):
     assert refined["metrics"]["correlation"] > plain["metrics"]["correlation"] + 0.02
 
 
+def test_a_pair_of_two_contrasts_is_left_to_the_network(inputs: Path, tmp_path: Path, capsys):
+    """Refinement by LNCC would spoil it; a similarity that is asked for is taken."""
+    image = nib.load(inputs / "fixed.nii.gz")
+    values = np.asarray(image.dataobj, np.float32)
+    seen = values > 0.05 * values.max()
+    other = np.where(seen, 1.1 * values.max() - values, 0).astype(np.float32)
+    nib.Nifti1Image(other, image.affine).to_filename(inputs / "inverted.nii.gz")
+    run_register(inputs, tmp_path / "fast", "--preset", "fast", moving="inverted")
+    run_register(inputs, tmp_path / "default", "--preset", "default", moving="inverted")
+    assert "two contrasts" in capsys.readouterr().out
+    fields = [nib.load(tmp_path / name / "field.nii.gz").get_fdata() for name in ("fast", "default")]
+    np.testing.assert_allclose(*fields, atol=1e-4)
+    assert json.loads((tmp_path / "default" / "run.json").read_text())["similarity"] is None
+
+
 def test_report_without_matplotlib_is_refused_first(inputs: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
