@@ -229,14 +229,14 @@ def registered(
 
     Raises BadInput, in one sentence, for what the user can mend.
     """
-    from dilformer_jax.registration.refine import asked
+    from dilformer_jax.registration.refine import from_options
 
-    predictor, otherwise = network(weights, workdir)
+    predictor, default_preset = network(weights, workdir)
     if predictor is not None:
         predictor = predictor.with_smoothness(smoothness)
     elif smoothness is not None:
         raise BadInput("smoothness is asked of a network; leave it out with weights=None.")
-    refining = asked(preset, refine, network=predictor is not None, otherwise=otherwise, **refinement)
+    refining = from_options(preset, refine, network=predictor is not None, default_preset=default_preset, **refinement)
     given = affine if isinstance(affine, str | Path) else np.asarray(affine).tolist()
     how = How(predictor, refining, given, reading=reading)
     inputs = read(how, (fixed, moving), (fixed_labels, moving_labels), (fixed_mask, moving_mask))

@@ -83,13 +83,22 @@ def add_refinement(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def refinement(options: argparse.Namespace, *, network: bool, otherwise: str | None = None) -> "Refinement | None":
-    """How the command line wants a pair to be refined, behind a network or without one; by the preset `otherwise` where
-    it does not say so. Raises BadInput as `registration.refine.asked` does."""
-    from dilformer_jax.registration.refine import asked  # with JAX, for which --help need not wait
+def refinement(options: argparse.Namespace, *, network: bool, default_preset: str | None = None) -> "Refinement | None":
+    """Returns the refinement that the command line describes, or None; by `default_preset` if it says nothing of it.
+
+    Raises BadInput as `registration.refine.from_options` does.
+    """
+    from dilformer_jax.registration.refine import from_options  # with JAX, for which --help need not wait
 
     given = {} if options.similarity is None else {"similarity": options.similarity}
-    return asked(options.preset, options.refine, network=network, otherwise=otherwise, option="--{}".format, **given)
+    return from_options(
+        options.preset,
+        options.refine,
+        network=network,
+        default_preset=default_preset,
+        option="--{}".format,
+        **given,
+    )
 
 
 def _network(text: str) -> str:

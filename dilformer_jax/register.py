@@ -123,12 +123,12 @@ def _parser() -> cli.Arguments:
 
 
 def _how(options: argparse.Namespace, command: str) -> How:
-    predictor, otherwise = network(bundle.DEFAULT if options.weights is None else options.weights, options.workdir)
+    predictor, default_preset = network(bundle.DEFAULT if options.weights is None else options.weights, options.workdir)
     if predictor is not None:
         predictor = predictor.with_smoothness(options.smoothness)
     elif options.smoothness is not None:
         raise BadInput("--smoothness is asked of a network; leave it out with --weights none.")
-    refinement = cli.refinement(options, network=predictor is not None, otherwise=otherwise)
+    refinement = cli.refinement(options, network=predictor is not None, default_preset=default_preset)
     known = options.affine in ("auto", "search", "none")
     if not known and not Path(options.affine).is_file():
         raise BadInput(f"--affine {options.affine} is no file; give auto, search, none or a file with an affine.")

@@ -3,9 +3,10 @@
     python experiments/refinement.py --name oasis_trt --data DIR --methods affine fast default best --output FILE.jsonl
     python experiments/refinement.py --summary FILE.jsonl
 
-One line of JSON for each pair and method; a run goes on where it was stopped. `alone` is the preset 'default' without a
-network. `syn` and `syncc` are ANTsPy's types SyN and SyNCC with their own settings, on the images' own grids; theirs
-is `affine_ants`'s alignment, ours `register`'s. Labels are warped to the fixed image's own grid by nearest neighbour.
+It writes one line of JSON for each pair and method; a run goes on where it was stopped. `alone` is the preset 'default'
+without a network. `syn` and `syncc` are ANTsPy's types SyN and SyNCC with their own settings and affine alignment, on
+the images' own grids, intensities scaled by percentiles. Our methods begin with the alignment of `register`. Labels are
+warped to the fixed image's own grid by nearest neighbour.
 
 Pairs: of lpba40 all 30 of the validation brains, of oasis_trt every fourth of the 56 ordered pairs, of ixi_2mm 12 drawn
 by seed 0. With --contrast the moving image is recoloured as in experiments/contrasts.py.
@@ -81,7 +82,7 @@ def by_ants(kind: str) -> Callable[[Volume, Volume], tuple[Transform, Transform,
             )
             there = syn.transform(result["fwdtransforms"])
             grid = Grid(fixed.array.shape, fixed.affine)
-            # ANTs' deformation comes first, on the fixed grid; its affine map neither folds nor matters to det > 0.
+            # Folding is that of the deformation field alone, without the affine map.
             fields = [step for step in there if not isinstance(step, np.ndarray)]
             return there, (), in_voxels(tuple(fields), grid, grid)
 
@@ -115,8 +116,8 @@ def main() -> None:
     parser.add_argument("--name", choices=("lpba40", "oasis_trt", "ixi_2mm"))
     parser.add_argument("--contrast", action="store_true", help="recolour the moving image")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["affine", "fast", "default"])
-    parser.add_argument("--every", type=int, default=1, help="of these pairs only every so manieth")
-    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take only every Nth of these pairs")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="skip the first K pairs")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.summary:

@@ -1,4 +1,4 @@
-"""Whether a pair shows one contrast, of images whose intensities are related in known ways."""
+"""Tests the detection of one contrast on images whose intensities are related in known ways."""
 
 import numpy as np
 import pytest

@@ -178,14 +178,14 @@ def test_python_takes_them_or_none(inputs: Path) -> None:
     behind = dilformer_jax.register(*images, weights=inputs / "weights", refine=1, affine="none")
     assert behind.how.refinement == Refinement(1)
     for keywords, sentence in (
-        ({"weights": None, "refine": 0}, "Without a network the refinement registers"),
+        ({"weights": None, "refine": 0}, "Nothing would register this pair"),
         ({"weights": inputs / "weights", "refine": -1}, "refine is -1; give 0 or more steps"),
         (
             {"weights": inputs / "weights", "similarity": "mind"},
             "similarity says how to refine; give preset default with it",
         ),
         ({"weights": None, "preset": "slow"}, "preset is 'slow'; give one of fast, default, best"),
-        ({"weights": None, "windows": 5}, "unexpected keyword argument 'windows'"),
+        ({"weights": None, "windows": 5}, "A refinement has no windows; it has similarity, window"),
         ({"weights": None, "window": 4}, "an odd number of voxels, got 4"),
         ({"weights": None, "workdir": inputs}, "weights None or of workdir .*; give one of them"),
         ({"weights": "none", "workdir": inputs}, "weights none or of workdir .*; give one of them"),

@@ -124,9 +124,9 @@ def test_a_level_ends_where_nothing_more_is_gained(brain):
 
 def test_the_similarity_follows_the_pair(brain):
     fixed = pulled(brain[0], bent(2.0))
-    assert refine.settled(Refinement(5), fixed, 7 * brain[0]).similarity == "lncc"
-    assert refine.settled(Refinement(5), fixed, inverted(brain[0])).similarity != "lncc"
-    assert refine.settled(Refinement(5, "nmi"), fixed, brain[0]).similarity == "nmi"
+    assert refine.choose_similarity(Refinement(5), fixed, 7 * brain[0]).similarity == "lncc"
+    assert refine.choose_similarity(Refinement(5), fixed, inverted(brain[0])).similarity != "lncc"
+    assert refine.choose_similarity(Refinement(5, "nmi"), fixed, brain[0]).similarity == "nmi"
     chosen, said = (refine.refine(fixed, brain[0], Refinement(5, by)) for by in ("auto", "lncc"))
     np.testing.assert_array_equal(chosen, said)
 
@@ -182,7 +182,11 @@ def test_the_descent_is_one_rolled_loop():
     shapes = [jax.ShapeDtypeStruct((16, 16, 16, 1), jnp.float32)] * 2
     sizes = [
         len(
-            str(jax.make_jaxpr(lambda f, m, n=n: refine.found(f, m, jnp.ones(3), Refinement(n, "lncc"), 0, 0))(*shapes))
+            str(
+                jax.make_jaxpr(lambda f, m, n=n: refine.optimise(f, m, jnp.ones(3), Refinement(n, "lncc"), 0, 0))(
+                    *shapes
+                )
+            )
         )
         for n in (3, 300)
     ]
@@ -226,7 +230,7 @@ def test_what_cannot_be_refined(brain):
         refine.refine(brain[0], thin, QUICK)
     for wrong in (
         {"similarity": "ssd"},
-        {"steps": -1},
+        {"steps": 0},
         {"window": 4},
         {"rate": 0.0},
         {"total_smoothing": -1.0},
@@ -269,15 +273,15 @@ def test_a_method_says_that_it_is_refined(brain):
         ("--refine -1", True, None, "--refine is -1; give 0 or more steps"),
         ("--preset fast --refine 3", True, None, "--preset fast is the network alone, --refine 3 says otherwise"),
         ("--preset best --refine 0", True, None, "--preset best refines, --refine 0 says otherwise"),
-        ("--refine 0", False, "default", "Without a network the refinement registers"),
-        ("--preset fast", False, "default", "Without a network the refinement registers"),
+        ("--refine 0", False, "default", "Nothing would register this pair"),
+        ("--preset fast", False, "default", "Nothing would register this pair"),
         ("--preset slow", True, None, "invalid choice: 'slow'"),
     ],
 )
 def test_the_command_line_says_how(said, network, otherwise, how):
     parser = cli.Arguments(prog="register")
     cli.add_refinement(parser, "default")
-    read = lambda: cli.refinement(parser.parse_args(said.split()), network=network, otherwise=otherwise)
+    read = lambda: cli.refinement(parser.parse_args(said.split()), network=network, default_preset=otherwise)
     if isinstance(how, str):
         with pytest.raises(BadInput, match=how):
             read()

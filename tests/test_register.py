@@ -146,7 +146,7 @@ def broken(tmp_path_factory, inputs: Path) -> Path:
         ({}, ("--refine", "-1"), "--refine is -1; give 0 or more steps, 10 for example"),
         ({}, ("--refine", "many"), "argument --refine: invalid int value: 'many'"),
         ({}, ("--similarity", "nmi"), "--similarity says how to refine; give --preset default with it"),
-        ({"weights": None}, ("--refine", "0"), "Without a network the refinement registers"),
+        ({"weights": None}, ("--refine", "0"), "Nothing would register this pair"),
         ({"weights": None}, ("--workdir", "x"), "not allowed with argument --weights"),
         (
             {},

@@ -78,8 +78,8 @@ def lncc(
 def lncc_slope(
     fixed: Float[Array, "d h w 1"], window: int, *, epsilon: float = 1e-5
 ) -> Callable[[Float[Array, "d h w 1"]], tuple[Float[Array, "d h w 1"], Scalar]]:
-    """A function of the moved image: how the sum of `lncc` over all voxels changes with each voxel of that image, and
-    the mean of `lncc`.
+    """Returns a function of the moved image, which computes the derivative of the sum of `lncc` over all voxels to each
+    voxel of that image, and the mean of `lncc`.
 
     The mean and variances of the window around a voxel count as constants (Avants et al., Med. Image Anal. 2008), which
     halves the window sums of the exact gradient. Both images have means near 0: of uncentred intensities float32 loses

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 def gaussian(
     x: Float[Array, "d h w c"], sigma: Float[Array, "3"] | Sequence[float], *, radius: int
 ) -> Float[Array, "d h w c"]:
-    """The volume smoothed by a Gaussian of these standard deviations, in voxels along each axis, continued by its
-    border value.
+    """Smooths a volume by a Gaussian of these standard deviations, in voxels along each axis.
 
+    Beyond its faces the volume has its border value.
     The kernel reaches `radius` voxels to either side and sums to 1. A sigma of 0 leaves its axis as it is. Equals
     `scipy.ndimage.gaussian_filter(mode="nearest", radius=radius)`.
 
@@ -41,5 +41,5 @@ def gaussian(
 
 
 def radius(sigma: float) -> int:
-    """How many voxels a Gaussian of this standard deviation reaches to either side: three times that, 1 or more."""
+    """Returns the radius, in voxels, at which to cut a Gaussian: three standard deviations, at least 1."""
     return max(1, math.ceil(3 * sigma))

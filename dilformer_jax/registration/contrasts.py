@@ -1,4 +1,4 @@
-"""Whether two images show one contrast, which decides the similarity that they are refined by."""
+"""Detects whether two images show the same contrast, such as T1 and T1; this decides the similarity of refinement."""
 
 import numpy as np
 from jaxtyping import Float32
@@ -13,31 +13,33 @@ ONE_CONTRAST, ONE_CONTRAST_WARPED = 0.75, 0.9
 
 
 def linear_share(fixed: Image, moving: Image) -> float:
-    """How much of what one image tells of the other is told by a rising line, from -1 to 1.
+    """Returns the share of the dependence between two images that a rising line explains, from -1 to 1.
 
-    This is the squared Pearson correlation, with its sign, over the correlation ratio (Roche et al., MICCAI 1998): the
-    larger of both directions. Misalignment lowers both correlations, so that their quotient changes less. Intensities
-    are from 0 to 1, on one grid; voxels count where both images are above the background. NaN where too few are, or
-    where an image is constant there.
+    This is the signed squared Pearson correlation divided by the correlation ratio (Roche et al., MICCAI 1998), the
+    larger of both directions. Misalignment lowers both numbers, so that their quotient changes less. Intensities lie
+    between 0 and 1, on one grid. Only voxels above the background in both images count; the result is NaN if there are
+    too few of them or if an image is constant there.
     """
-    shown = (fixed > BACKGROUND) & (moving > BACKGROUND)
-    f, m = (np.clip(image[shown].astype(np.float64), 0, 1) for image in (fixed, moving))
+    tissue = (fixed > BACKGROUND) & (moving > BACKGROUND)
+    f, m = (np.clip(image[tissue].astype(np.float64), 0, 1) for image in (fixed, moving))
     if len(f) < ENOUGH or f.std() == 0 or m.std() == 0:
         return float("nan")
     r = np.corrcoef(f, m)[0, 1]
-    told = min(_correlation_ratio(f, m), _correlation_ratio(m, f))
-    return float(r * abs(r) / told) if told > 0 else float("nan")
+    ratio = min(_correlation_ratio(f, m), _correlation_ratio(m, f))
+    return float(r * abs(r) / ratio) if ratio > 0 else float("nan")
 
 
 def one_contrast(fixed: Image, moving: Image, *, warped: bool = False) -> bool:
-    """Whether LNCC fits the pair, of which the moving image may be `warped` to the fixed one. Where it cannot be told,
-    it does."""
+    """Returns whether the images show the same contrast, so that LNCC fits; True if `linear_share` is NaN.
+
+    `warped` says that a network has warped the moving image to the fixed one, which allows a stricter limit.
+    """
     return not linear_share(fixed, moving) < (ONE_CONTRAST_WARPED if warped else ONE_CONTRAST)
 
 
-def _correlation_ratio(of, by):
-    """The part of the variance of one intensity that the other, in bins, explains."""
-    place = np.minimum((by * BINS).astype(int), BINS - 1)
-    count = np.maximum(np.bincount(place, minlength=BINS), 1)
-    mean = np.bincount(place, of, minlength=BINS) / count
-    return np.var(mean[place]) / np.var(of)
+def _correlation_ratio(y, x):
+    """Returns the part of the variance of y that the mean of y in each bin of x explains."""
+    bins = np.minimum((x * BINS).astype(int), BINS - 1)
+    voxels = np.maximum(np.bincount(bins, minlength=BINS), 1)
+    mean = np.bincount(bins, y, minlength=BINS) / voxels
+    return np.var(mean[bins]) / np.var(y)

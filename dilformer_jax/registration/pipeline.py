@@ -147,7 +147,7 @@ def register(
             u = predictor.displacement(still, other, names)
     if refinement is not None:
         with _clock(seconds, "refinement compilation"):
-            refinement = refine.settled(refinement, still, other, names, u)
+            refinement = refine.choose_similarity(refinement, still, other, names, u)
             if refinement is not None:
                 refine.compiled(grid.shape, refinement, u is not None)
             else:

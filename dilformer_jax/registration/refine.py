@@ -16,7 +16,7 @@ From nothing the descent starts at the coarsest level; behind a network, a few l
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,9 @@ class Refinement:
             raise ValueError(f"The window of a refinement has an odd number of voxels, got {self.window}.")
         if not self.rate > 0:
             raise ValueError(f"The rate of a refinement is above 0, got {self.rate}.")
-        for name in ("steps", "update_smoothing", "total_smoothing", "finest", "tolerance"):
+        if self.steps < 1:
+            raise ValueError(f"The steps of a refinement are 1 or more, got {self.steps}.")
+        for name in ("update_smoothing", "total_smoothing", "finest", "tolerance"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"The {name} of a refinement is 0 or more, got {getattr(self, name)}.")
 
@@ -99,19 +101,25 @@ PRESETS: Mapping[str, Refinement | None] = {
 }
 
 
-def asked(
+def from_options(
     preset: str | None,
     steps: int | None,
     *,
     network: bool,
-    otherwise: str | None,
+    default_preset: str | None,
     option: Callable[[str], str] = str,
     **given: Any,
 ) -> Refinement | None:
-    """The refinement that a user asks for, or None for the network alone.
+    """Returns the refinement that a user's options describe, or None for the network alone.
 
-    A preset, or `otherwise` where neither preset nor steps are asked for (None: no refinement), in which `steps` and
-    what else is `given` replace the preset's own. `option` renders the name of an option for messages.
+    Args:
+      preset: a name of `PRESETS`. Without it, and without `steps`, `default_preset` holds; if that is None, nothing is
+        refined.
+      steps: replaces the preset's steps at the finest level; 0 means no refinement.
+      network: whether a network registers the pair first.
+      default_preset: see `preset`.
+      option: renders the name of an option for messages, for example 'refine' as '--refine'.
+      given: further attributes of `Refinement`, which replace the preset's.
 
     Raises:
       BadInput: an unknown preset, options that exclude each other, a value that cannot be, or nothing to register by.
@@ -120,8 +128,8 @@ def asked(
         raise BadInput(f"{option('preset')} is {preset!r}; give one of {', '.join(PRESETS)}.")
     if steps is not None and steps < 0:
         raise BadInput(f"{option('refine')} is {steps}; give 0 or more steps, 10 for example.")
-    chosen = preset or (otherwise if steps is None else "default")
-    how = None if chosen is None else PRESETS[chosen]
+    base = preset or (default_preset if steps is None else "default")
+    how = None if base is None else PRESETS[base]
     if preset is not None and steps is not None and (how is None) != (steps == 0):
         meaning = "refines" if how else "is the network alone"
         raise BadInput(f"{option('preset')} {preset} {meaning}, {option('refine')} {steps} says otherwise; give one.")
@@ -131,13 +139,20 @@ def asked(
                 f"{option(next(iter(given)))} says how to refine; give {option('preset')} default with it, or "
                 f"{option('refine')} and a number of steps."
             )
-        if not network and otherwise is not None:
-            raise BadInput("Without a network the refinement registers; ask for one step or more, or a network.")
+        if not network and default_preset is not None:
+            raise BadInput(
+                "Nothing would register this pair, neither a network nor refinement; give "
+                f"{option('preset')} default or a network's weights."
+            )
         return None
+    known = [field.name for field in fields(Refinement) if field.name != "steps"]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise BadInput(f"A refinement has no {unknown[0]}; it has {', '.join(known)}.")
     changes: dict[str, Any] = given if steps is None else {"steps": steps, **given}
     try:
         return replace(how, **changes)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise BadInput(f"{error}") from error
 
 
@@ -161,12 +176,11 @@ def refine(
     if fixed.shape != moving.shape:
         raise ValueError(f"fixed is {fixed.shape} and moving {moving.shape}; both lie on one grid")
     check_shape(fixed.shape, names[0])
-    chosen = settled(how, fixed, moving, names, initial)
-    if chosen is None:
+    with_similarity = choose_similarity(how, fixed, moving, names, initial)
+    if with_similarity is None:
         assert initial is not None
         return initial
-    how = chosen
-    program = compiled(fixed.shape, how, initial is not None)
+    program = compiled(fixed.shape, with_similarity, initial is not None)
     images = [_prepared(image, name) for image, name in zip((fixed, moving), names, strict=True)]
     # The shape of a voxel matters, not its size.
     cube = np.array(spacing) / np.prod(spacing) ** (1 / 3)
@@ -174,25 +188,24 @@ def refine(
     return np.asarray(program(*images, cube.astype(np.float32), *given))
 
 
-def settled(
+def choose_similarity(
     how: Refinement,
     fixed: Image,
     moving: Image,
     names: tuple[Any, Any] = ("fixed", "moving"),
     initial: Displacement | None = None,
 ) -> Refinement | None:
-    """`how`, with the similarity that fits the pair in place of 'auto'; None where an `initial` displacement is better
-    left as it is, because no similarity improves it.
+    """Replaces the similarity 'auto' by the one that fits the pair; any other stays as it is.
 
-    Behind a network that was trained on contrasts of all kinds, neither MIND nor NMI gained anything on pairs of unlike
-    contrast (experiments/results/refinement.md). Raises BadInput as `refine` does.
+    Returns None if the images show two contrasts and there is an `initial` displacement, from a network: LNCC, MIND and
+    NMI all made that worse (experiments/results/refinement.md). Raises BadInput as `refine` does.
     """
     if how.similarity != "auto":
         return how
     still, other = (_prepared(image, name) for image, name in zip((fixed, moving), names, strict=True))
     if initial is not None:
         other = np.asarray(_warp(other[..., None], initial)[..., 0])
-    # Every other voxel along each axis tells as much.
+    # Every second voxel along each axis is enough for this statistic.
     one = contrasts.one_contrast(still[::2, ::2, ::2], other[::2, ::2, ::2], warped=initial is not None)
     if not one and initial is not None:
         return None
@@ -222,7 +235,7 @@ def _compiled(shape, how, from_initial):
     def program(fixed, moving, spacing, initial=None):
         fixed, moving = (_padded(x[..., None], (d, h, w)) for x in (fixed, moving))
         start = None if initial is None else _padded(initial, (d, h, w))
-        return found(fixed, moving, spacing, how, finest, coarsest, start)[: shape[0], : shape[1], : shape[2]]
+        return optimise(fixed, moving, spacing, how, finest, coarsest, start)[: shape[0], : shape[1], : shape[2]]
 
     cube, image = jax.ShapeDtypeStruct((3,), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)
     start = [jax.ShapeDtypeStruct((*shape, 3), jnp.float32)] * from_initial
@@ -244,7 +257,7 @@ def levels(shape: tuple[int, ...], finest: int = 0, count: int = LEVELS) -> tupl
     return finest, coarsest
 
 
-def found(
+def optimise(
     fixed: Volume,
     moving: Volume,
     spacing: Float[Array, "3"],
@@ -253,9 +266,10 @@ def found(
     coarsest: int,
     initial: Field | None = None,
 ) -> Field:
-    """The displacement of two images of intensities around 0 to 1, whose axes can be halved `coarsest` times.
+    """Returns the displacement, in voxels, that aligns two images of intensities between about 0 and 1.
 
-    `spacing` is that of the voxels along each axis, its product 1.
+    It descends from level `coarsest` to level `finest`; each axis is divisible by 2**coarsest. The product of `spacing`
+    is 1. The images' axes, not a batch, come first: (d, h, w, 1).
     """
     if how.similarity == "lncc":
         fixed, moving = fixed - fixed.mean(), moving - moving.mean()
@@ -272,22 +286,23 @@ def found(
         fixed, moving = pyramid[level]
         u = spatial.resize_displacement(u, fixed.shape[:3])
         steps = min(how.steps * MORE ** (level - finest), max(how.steps, MOST))
-        smoothing_here = how.update_smoothing if level == finest else max(COARSE_SMOOTHING, how.update_smoothing)
-        u = _descended(fixed, moving, u, spacing, how, steps, smoothing_here)
+        update_smoothing = how.update_smoothing if level == finest else max(COARSE_SMOOTHING, how.update_smoothing)
+        u = _optimise_level(fixed, moving, u, spacing, how, steps, update_smoothing)
     return spatial.resize_displacement(u, pyramid[0][0].shape[:3])
 
 
-def _descended(fixed, moving, u, spacing, how, steps, update_smoothing):
-    """The displacement after so many steps or fewer, in a rolled loop."""
+def _optimise_level(fixed, moving, u, spacing, how, steps, update_smoothing):
+    """Returns the displacement after at most `steps` steps; the loop is rolled, so that it compiles quickly."""
     slope = _slope(fixed, how)
     smoothed = lambda x, sigma: smoothing.gaussian(x, sigma / spacing, radius=smoothing.radius(sigma)) if sigma else x
 
-    def going(state):
+    def unfinished(state):
+        # Sums of the similarity over the last two blocks of `CHECKED` steps.
         step, (before, now) = state[0], state[-1]
         converged = (step % CHECKED == 0) & (now - before < how.tolerance * jnp.abs(before))
         return (step < steps) & ~((step >= 2 * CHECKED) & converged)
 
-    def better(state):
+    def step_once(state):
         step, u, mean, square, (before, now) = state
         moved = spatial.warp(moving, u)
         change, likeness = slope(moved)
@@ -300,23 +315,24 @@ def _descended(fixed, moving, u, spacing, how, steps, update_smoothing):
         update = how.rate / (1 - MOMENTUM**count) * mean / spread
         u = smoothed(spatial.compose(u, update), how.total_smoothing)
         first = step % CHECKED == 0
-        seen = jnp.where(first, now, before), jnp.where(first, 0.0, now) + likeness
-        return step + 1, u, mean, square, seen
+        sums = jnp.where(first, now, before), jnp.where(first, 0.0, now) + likeness
+        return step + 1, u, mean, square, sums
 
     nothing = jnp.float32(0)
     start = jnp.int32(0), u, jnp.zeros_like(u), jnp.zeros_like(u[..., :1]), (nothing, nothing)
-    return lax.while_loop(going, better, start)[1]
+    return lax.while_loop(unfinished, step_once, start)[1]
 
 
 def _slope(fixed: Volume, how: Refinement) -> Callable[[Volume], tuple[Volume, Array]]:
-    """How the similarity, summed over the volume, changes with each voxel of the moved image, and its mean."""
+    """Returns a function of the moved image: the derivative of the summed similarity to each of its voxels, and the
+    similarity's mean."""
     if how.similarity == "lncc":
         return similarities.lncc_slope(fixed, how.window)
     if how.similarity == "nmi":
         likeness = lambda moved: information.nmi(fixed.ravel(), moved.ravel())
     else:
-        still = similarities.self_similarity(fixed)
-        likeness = lambda moved: -similarities.mse(still, similarities.self_similarity(moved))
+        fixed_features = similarities.self_similarity(fixed)
+        likeness = lambda moved: -similarities.mse(fixed_features, similarities.self_similarity(moved))
 
     def slope(moved):
         value, change = jax.value_and_grad(likeness)(moved)

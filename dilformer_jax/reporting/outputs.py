@@ -99,8 +99,8 @@ def write(
 
 
 def method(told: Mapping[str, Any]) -> str:
-    """What registered, as a sentence, of what run.json holds: the network by its name and SHA-256, and the refinement
-    by its steps and the similarity that was taken."""
+    """Returns a sentence that names what registered the pair: the network with its SHA-256, and the refinement with its
+    steps and similarity. `told` is the content of run.json."""
     settings, similarity = told["settings"], told["similarity"]
     steps = ""
     if similarity is not None:
